@@ -1,0 +1,1 @@
+"""What happens between source and target tensors: names, dtype rules, casts."""
