@@ -1,0 +1,337 @@
+"""What the ``data.pkl`` of one stored tensor says: element type, storage, shape and strides, without unpickling it.
+
+``torch.save`` of one tensor pickles a call of ``torch._utils._rebuild_tensor_v2`` (typed storages) or of
+``_rebuild_tensor_v3`` (``UntypedStorage`` and a dtype; torch 2.13 ``_tensor.py``, ``_reduce_ex_internal``), perhaps
+inside a ``_rebuild_parameter``. The few opcodes that takes are read here one by one; every name stays a name and
+nothing is called. Only the bytes given are looked at, so the work is bounded by their number.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from reshard_service.dtypes import by_torch_name
+from reshard_service.errors import SourceCorrupt, UnsafeSource, UnsupportedSource
+
+_PARAMETER_CALLS = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
+_V2 = "torch._utils._rebuild_tensor_v2"
+_V3 = "torch._utils._rebuild_tensor_v3"
+_V1 = "torch._utils._rebuild_tensor"
+_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
+_PLAIN_CLASSES = frozenset(
+    {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
+)
+
+TYPED_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
+"""Classes of the ``torch`` namespace that name a storage's element type (torch ``storage.py``)."""
+
+_WHY_UNSUPPORTED = {
+    "torch._utils._rebuild_qtensor": "is quantised: its scale and zero point are not part of its bytes",
+    "torch._utils._rebuild_sparse_tensor": "is sparse",
+    "torch._utils._rebuild_sparse_csr_tensor": "is sparse",
+    "torch._utils._rebuild_nested_tensor": "is a nested tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "is a meta tensor: it has no bytes",
+    "torch._utils._rebuild_device_tensor_from_numpy": "is stored as a numpy array of another device",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "is stored by another device's own encoding",
+    "torch._utils._rebuild_wrapper_subclass": "is a tensor subclass",
+    "torch._tensor._rebuild_from_type": "is a tensor subclass",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One tensor as ``data.pkl`` describes it; ``strides`` and ``offset`` count elements of the storage."""
+
+    torch_dtype: str
+    storage_key: str
+    """The storage lies in the zip member ``data/<storage_key>``."""
+    storage_bytes: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A global that the pickle names."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that the pickle asks for and that nobody makes."""
+
+    name: str
+    args: tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Persistent:
+    """A persistent id: torch's reference to a storage."""
+
+    value: object
+
+
+def read_array_pickle(data: bytes, at: int = 0) -> tuple[StoredArray, int]:
+    """The tensor that the pickle at ``data[at:]`` describes, and where the pickle ends.
+
+    Raises :class:`SourceCorrupt` where it is no such pickle, :class:`UnsupportedSource` for a tensor that is more than
+    its bytes (quantised, sparse, subclass, conjugate or negative view), :class:`UnsafeSource` for any other name.
+    """
+    reader = _Reader(data, at)
+    try:
+        value = reader.run()
+    except (IndexError, struct.error, UnicodeDecodeError, TypeError):
+        raise SourceCorrupt("data.pkl is cut short or not a pickle of one tensor") from None
+    return _array(value), reader.at
+
+
+def _array(value: object) -> StoredArray:
+    while isinstance(value, _Call):
+        if value.name in _PARAMETER_CALLS and value.args:
+            value = value.args[0]
+        elif value.name == _FROM_TYPE and len(value.args) == 4:
+            function, kind, args, _ = value.args
+            if not (isinstance(kind, _Name) and kind.name in _PLAIN_CLASSES):
+                _unsupported("is a tensor subclass")
+            if not isinstance(function, _Name) or not isinstance(args, tuple):
+                _malformed()
+            value = _Call(function.name, args)
+        else:
+            return _rebuilt(value)
+    raise SourceCorrupt("data.pkl does not hold a tensor")
+
+
+def _rebuilt(call: _Call) -> StoredArray:
+    args = call.args
+    if call.name == _V2 and 6 <= len(args) <= 7:
+        metadata = args[6] if len(args) == 7 else None
+        dtype: object = None
+    elif call.name == _V3 and 7 <= len(args) <= 8:
+        metadata = args[7] if len(args) == 8 else None
+        dtype = args[6]
+    elif call.name == _V1 and len(args) == 4:
+        metadata = dtype = None
+    else:
+        _malformed()
+    if metadata:
+        _unsupported("is a conjugate or negative view: its values are not its bytes")
+    storage, offset, sizes, strides = args[:4]
+    if type(offset) is not int or not _counts(sizes) or not _counts(strides) or offset < 0:
+        _malformed()
+    assert isinstance(sizes, tuple)
+    assert isinstance(strides, tuple)
+    if len(sizes) != len(strides):
+        _malformed()
+    kind, key, count = _storage(storage)
+    if kind == "torch.storage.UntypedStorage":
+        if not isinstance(dtype, _Name) or not dtype.name.startswith("torch."):
+            _malformed()
+        return StoredArray(dtype.name[len("torch.") :], key, count, sizes, strides, offset)
+    typed = TYPED_STORAGES.get(kind.removeprefix("torch."))
+    if typed is None:
+        _unsupported(f"lies in a {kind}")
+    if dtype is not None and not (isinstance(dtype, _Name) and dtype.name == f"torch.{typed}"):
+        _malformed()
+    return StoredArray(typed, key, count * by_torch_name(typed).itemsize, sizes, strides, offset)
+
+
+def _storage(value: object) -> tuple[str, str, int]:
+    """Class name, key and length of ``("storage", class, key, location, length[, view])``."""
+    parts = value.value if isinstance(value, _Persistent) else None
+    if (
+        not isinstance(parts, tuple)
+        or not 5 <= len(parts) <= 6
+        or parts[0] != "storage"
+        or parts[5:] not in ((), (None,))
+    ):
+        _malformed()
+    kind, key, location, count = parts[1:5]
+    if not isinstance(kind, _Name) or not isinstance(key, str) or type(count) is not int or count < 0:
+        _malformed()
+    if location == "meta":
+        _unsupported("is a meta tensor: it has no bytes")
+    return kind.name, key, count
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _malformed() -> NoReturn:
+    raise SourceCorrupt("data.pkl does not describe a tensor the way torch does")
+
+
+def _unsupported(why: str) -> NoReturn:
+    raise UnsupportedSource(f"the stored tensor {why}", hint="save it as a plain dense tensor, or exclude it")
+
+
+_MARK = object()
+
+
+class _Reader:
+    """The stack machine of pickle, for the opcodes that torch's picklers use in one tensor (protocols 2 to 5)."""
+
+    def __init__(self, data: bytes, at: int) -> None:
+        self.data = data
+        self.at = at
+        self.stack: list[object] = []
+        self.memo: dict[int, object] = {}
+
+    def run(self) -> object:
+        opcodes = _OPCODES
+        while True:
+            opcode = self.data[self.at]
+            self.at += 1
+            if opcode == 0x2E:  # STOP
+                if len(self.stack) != 1:
+                    _malformed()
+                return self.stack[0]
+            action = opcodes.get(opcode)
+            if action is None:
+                raise SourceCorrupt(f"data.pkl uses the opcode 0x{opcode:02x}, which no stored tensor needs")
+            action(self)
+
+    def take(self, count: int) -> bytes:
+        end = self.at + count
+        if end > len(self.data):
+            raise IndexError
+        taken = self.data[self.at : end]
+        self.at = end
+        return taken
+
+    def line(self) -> str:
+        end = self.data.find(b"\n", self.at)
+        if end < 0:
+            raise IndexError
+        text = self.data[self.at : end].decode("utf-8")
+        self.at = end + 1
+        return text
+
+    def unsigned(self, width: int) -> int:
+        return int.from_bytes(self.take(width), "little")
+
+    def push_signed(self, width: int) -> None:
+        self.stack.append(int.from_bytes(self.take(width), "little", signed=True))
+
+    def push_text(self, width: int) -> None:
+        self.stack.append(self.take(self.unsigned(width)).decode("utf-8"))
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        if index not in self.memo:
+            _malformed()
+        self.stack.append(self.memo[index])
+
+    def to_mark(self) -> list[object]:
+        for place in range(len(self.stack) - 1, -1, -1):
+            if self.stack[place] is _MARK:
+                items = self.stack[place + 1 :]
+                del self.stack[place:]
+                return items
+        return _malformed()
+
+    def tuple_of(self, count: int) -> None:
+        if len(self.stack) < count:
+            _malformed()
+        items = tuple(self.stack[len(self.stack) - count :])
+        del self.stack[len(self.stack) - count :]
+        self.stack.append(items)
+
+    def push_name(self, name: str) -> None:
+        if why := _WHY_UNSUPPORTED.get(name):
+            _unsupported(why)
+        if not (name.startswith("torch.") or name == "collections.OrderedDict"):
+            if name.split(".", 1)[0].startswith("torch"):
+                _unsupported(f"needs {name}")
+            raise UnsafeSource(f"data.pkl wants to import {name!r}, which no stored tensor needs")
+        self.stack.append(_Name(name))
+
+    def stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            _malformed()
+        self.push_name(f"{module}.{name}")
+
+    def reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, _Name) or not isinstance(args, tuple):
+            _malformed()
+        if function.name == "collections.OrderedDict":
+            self.stack.append({})
+        elif function.name in (_V1, _V2, _V3, _FROM_TYPE) or function.name in _PARAMETER_CALLS:
+            self.stack.append(_Call(function.name, args))
+        else:
+            _unsupported(f"is made by {function.name}")
+
+    def set_items(self) -> None:
+        items = self.to_mark()
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(items) % 2:
+            _malformed()
+        # Only whether there is anything in a dict is ever asked (hooks, metadata, a parameter's attributes).
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str):
+                _malformed()
+            target[key] = value
+
+    def set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack += [_MARK, key, value]
+        self.set_items()
+
+    def proto(self) -> None:
+        if self.take(1)[0] > 5:
+            _malformed()
+
+
+_OPCODES: dict[int, Callable[[_Reader], object]] = {
+    0x80: _Reader.proto,
+    0x95: lambda r: r.take(8),  # FRAME: its length binds nothing here
+    ord("c"): lambda r: r.push_name(f"{r.line()}.{r.line()}"),
+    0x93: _Reader.stack_global,
+    ord("("): lambda r: r.stack.append(_MARK),
+    ord("t"): lambda r: r.stack.append(tuple(r.to_mark())),
+    ord(")"): lambda r: r.stack.append(()),
+    0x85: lambda r: r.tuple_of(1),
+    0x86: lambda r: r.tuple_of(2),
+    0x87: lambda r: r.tuple_of(3),
+    ord("}"): lambda r: r.stack.append({}),
+    ord("s"): _Reader.set_item,
+    ord("u"): _Reader.set_items,
+    ord("X"): lambda r: r.push_text(4),
+    0x8C: lambda r: r.push_text(1),
+    ord("K"): lambda r: r.stack.append(r.unsigned(1)),
+    ord("M"): lambda r: r.stack.append(r.unsigned(2)),
+    ord("J"): lambda r: r.push_signed(4),
+    0x8A: lambda r: r.push_signed(r.unsigned(1)),
+    0x88: lambda r: r.stack.append(True),
+    0x89: lambda r: r.stack.append(False),
+    ord("N"): lambda r: r.stack.append(None),
+    ord("q"): lambda r: r.put(r.unsigned(1)),
+    ord("r"): lambda r: r.put(r.unsigned(4)),
+    0x94: lambda r: r.put(len(r.memo)),
+    ord("h"): lambda r: r.get(r.unsigned(1)),
+    ord("j"): lambda r: r.get(r.unsigned(4)),
+    ord("Q"): lambda r: r.stack.append(_Persistent(r.stack.pop())),
+    ord("R"): _Reader.reduce,
+}
