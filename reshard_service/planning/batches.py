@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reshard_service.catalogue import Int64s
 
@@ -40,7 +41,7 @@ def batches_by_tensor(read_bytes: Int64s, write_bytes: Int64s, *, largest: int =
 
 
 def batches_by_file(
-    tensor_of_row: Int64s, file_of_row: Int64s, bytes_of_row: Int64s, source_scale: Int64s, files: int
+    tensor_of_row: Int64s, file_of_row: Int64s, bytes_of_row: Int64s, source_scale: NDArray[np.float64], files: int
 ) -> tuple[Batch, ...]:
     """Whole files, a few at a time in step: for targets where an object is written in order by one worker.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from reshard_service.catalogue import Int64s
@@ -41,7 +43,7 @@ def _first_gap(extent: Int64s, offsets: Int64s, sizes: Int64s, dims: int) -> str
     low, high = np.zeros_like(extent), extent.copy()
     for d in range(len(extent)):
         edges = np.unique(np.concatenate([[0, extent[d]], offsets[:, d], offsets[:, d] + sizes[:, d]]))
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in itertools.pairwise(edges):
             inside = (offsets[:, d] <= start) & (offsets[:, d] + sizes[:, d] >= stop)
             wanted = int(extent[d + 1 :].prod())
             if int(sizes[inside, d + 1 :].prod(axis=1).sum()) < wanted:

@@ -1,8 +1,9 @@
 """Cuts one tensor's copies into panels: steps whose reads and writes are contiguous and fit the buffers.
 
-A panel is a slab of the global tensor (some leading indices fixed, a range on the next dim). Within a slab every stored
-array that is row-major contributes one contiguous byte range, on the source side as on the target side, whatever the two
-layouts are. So rows are read once and scattered to all their column shards, and each target array grows front to back.
+A panel is a slab of the global tensor (some leading indices fixed, a range on the next dim). Within a slab every
+stored array that is row-major contributes one contiguous byte range, on the source side as on the target side, whatever
+the two layouts are. So rows are read once and scattered to all their column shards, and each target array grows front
+to back.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from reshard_service.planning.intersect import Pattern, widen
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes ``[start, start + length)`` of the payload of the array in chunk row ``row`` (counted from the tensor's first).
+    """Bytes ``[start, start + length)`` of the payload of the array in chunk row ``row``.
 
-    ``whole`` says that the span is the array's entire payload of ``array_bytes``.
+    Rows are counted from the tensor's first. ``whole`` says that the span is the array's entire payload of
+    ``array_bytes``.
     """
 
     row: int
@@ -37,13 +39,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One copy between a read span and a write span; starts are bytes from the beginning of the span.
+    """One copy from a read span into a write span; starts are bytes from the beginning of the span.
 
-    ``shape`` counts elements with the innermost run collapsed; strides are bytes. A contiguous move has one dim.
+    ``read`` is an index into the panel's reads. ``shape`` counts elements with the innermost run collapsed; strides are
+    bytes. A contiguous move has one dim.
     """
 
     read: int
-    write: int
     source_start: int
     target_start: int
     shape: tuple[int, ...]
@@ -56,12 +58,19 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class Write:
+    """A span of a target array and the moves that fill every byte of it."""
+
+    span: Span
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Panel:
-    """One step: fill all ``reads``, do all ``moves``, then all ``writes`` are complete."""
+    """One step: fill all ``reads``, then each of ``writes`` can be made from them."""
 
     reads: tuple[Span, ...]
-    writes: tuple[Span, ...]
-    moves: tuple[Move, ...]
+    writes: tuple[Write, ...]
     bytes_in: int
     bytes_out: int
 
@@ -129,17 +138,23 @@ def cut_panels(
     source_itemsize: int,
     target_itemsize: int,
     budget_bytes: int,
+    only_rows: Int64s | None = None,
 ) -> Iterator[Panel]:
-    """Panels of one tensor in row-major order. ``shape`` is padded with ones to the patterns' number of dims."""
+    """Panels of one tensor in row-major order. ``shape`` is padded with ones to the pattern's number of dims.
+
+    ``pattern`` may be restricted to some target rows; then ``only_rows`` names them.
+    """
     dims = pattern.offsets.shape[1]
     extent = (*shape, *([1] * (dims - len(shape))))
     source_strides, target_strides = source.element_strides(), target.element_strides()
     empty = [
-        Span(int(row), 0, 0, 0) for row in np.flatnonzero(target.stored.prod(axis=1) == 0) if target.array[row] == row
+        Write(Span(int(row), 0, 0, 0), ())
+        for row in np.flatnonzero(target.stored.prod(axis=1) == 0)
+        if target.array[row] == row and (only_rows is None or row in only_rows)
     ]
     if len(pattern) == 0:
         if empty:
-            yield Panel((), tuple(empty), (), 0, 0)
+            yield Panel((), tuple(empty), 0, 0)
         return
     start_of, stop_of = pattern.offsets, pattern.offsets + pattern.sizes
     for low, high in slabs(extent, max(source_itemsize, target_itemsize), budget_bytes):
@@ -150,25 +165,24 @@ def cut_panels(
         lower, sizes = lower[inside], upper[inside] - lower[inside]
         s_rows, t_rows = pattern.source[inside], pattern.target[inside]
         reads, s_index, s_start = _spans(source, source_strides, s_rows, lower, sizes, source_itemsize)
-        writes, t_index, t_start = _spans(target, target_strides, t_rows, lower, sizes, target_itemsize)
+        spans, t_index, t_start = _spans(target, target_strides, t_rows, lower, sizes, target_itemsize)
         bytes_out = int(sizes.prod(axis=1).sum()) * target_itemsize
-        if bytes_out != sum(span.length for span in writes):
+        if bytes_out != sum(span.length for span in spans):
             raise AssertionError(f"a slab of shape {shape} does not fill contiguous target ranges")
-        moves = tuple(
-            _move(
-                int(s_index[k]),
-                int(t_index[k]),
-                int(s_start[k]),
-                int(t_start[k]),
-                sizes[k].tolist(),
-                (source_strides[s_rows[k]] * source_itemsize).tolist(),
-                (target_strides[t_rows[k]] * target_itemsize).tolist(),
-                source_itemsize,
-                target_itemsize,
-            )
-            for k in range(len(inside))
-        )
-        yield Panel(reads, (*writes, *empty), moves, sum(span.length for span in reads), bytes_out)
+        moves: list[list[Move]] = [[] for _ in spans]
+        for read, write, source_start, target_start, size, s_strides, t_strides in zip(
+            s_index.tolist(),
+            t_index.tolist(),
+            s_start.tolist(),
+            t_start.tolist(),
+            sizes.tolist(),
+            (source_strides[s_rows] * source_itemsize).tolist(),
+            (target_strides[t_rows] * target_itemsize).tolist(),
+            strict=True,
+        ):
+            moves[write].append(_move(read, source_start, target_start, size, s_strides, t_strides))
+        writes = (*(Write(span, tuple(into)) for span, into in zip(spans, moves, strict=True)), *empty)
+        yield Panel(reads, writes, sum(span.length for span in reads), bytes_out)
         empty = []
 
 
@@ -197,38 +211,26 @@ def _spans(
 
 def _move(
     read: int,
-    write: int,
     source_start: int,
     target_start: int,
     sizes: list[int],
     source_strides: list[int],
     target_strides: list[int],
-    source_itemsize: int,
-    target_itemsize: int,
 ) -> Move:
-    """A move with every pair of dims merged that is contiguous on both sides, innermost outwards."""
-    shape: list[int] = [1]
-    s_strides: list[int] = [source_itemsize]
-    t_strides: list[int] = [target_itemsize]
+    """A move with every pair of dims merged that is contiguous on both sides, innermost outwards.
+
+    The last stride on either side is always the element size, so a run is bytes in both.
+    """
+    shape, s_strides, t_strides = [1], [source_strides[-1]], [target_strides[-1]]
     for size, s_stride, t_stride in zip(
         reversed(sizes), reversed(source_strides), reversed(target_strides), strict=True
     ):
         if size == 1:
             continue
-        if shape[-1] == 1 or (s_stride == shape[-1] * s_strides[-1] and t_stride == shape[-1] * t_strides[-1]):
-            if shape[-1] == 1:
-                s_strides[-1], t_strides[-1] = s_stride, t_stride
-                shape[-1] = size
-            else:
-                shape[-1] *= size
+        if s_stride == shape[-1] * s_strides[-1] and t_stride == shape[-1] * t_strides[-1]:
+            shape[-1] *= size
         else:
             shape.append(size)
             s_strides.append(s_stride)
             t_strides.append(t_stride)
-    if s_strides[0] != source_itemsize or t_strides[0] != target_itemsize:
-        shape.insert(0, 1)
-        s_strides.insert(0, source_itemsize)
-        t_strides.insert(0, target_itemsize)
-    return Move(
-        read, write, source_start, target_start, tuple(shape[::-1]), tuple(s_strides[::-1]), tuple(t_strides[::-1])
-    )
+    return Move(read, source_start, target_start, tuple(shape[::-1]), tuple(s_strides[::-1]), tuple(t_strides[::-1]))

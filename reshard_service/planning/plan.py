@@ -198,14 +198,13 @@ def _table_bytes(chunks: Chunks) -> int:
 
 def _digest(source: Catalogue, design: Design, options_key: str) -> str:
     digest = xxhash.xxh3_128()
-    digest.update(source.metadata_digest)
-    digest.update(json.dumps([(entry.path, entry.bytes, entry.identity) for entry in source.files]))
-    digest.update(options_key)
-    digest.update(
-        json.dumps([design.format, [(tensor.key, tensor.dtype.name, tensor.shape) for tensor in design.tensors]])
-    )
-    digest.update(json.dumps([(file.path, file.bytes) for file in design.files]))
+    digest.update(source.metadata_digest.encode())
+    digest.update(json.dumps([(entry.path, entry.bytes, entry.identity) for entry in source.files]).encode())
+    digest.update(options_key.encode())
+    tensors = [(tensor.key, tensor.dtype.name, tensor.shape) for tensor in design.tensors]
+    files = [(file.path, file.bytes) for file in design.files]
+    digest.update(json.dumps([design.format, tensors, files]).encode())
     chunks = design.chunks
     for column in (design.sources, chunks.first, chunks.offsets, chunks.sizes, chunks.file, chunks.start):
-        digest.update(np.ascontiguousarray(column))
+        digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()

@@ -6,12 +6,14 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import uuid
 from pathlib import Path
 
 from reshard_service.errors import (
     ReshardError,
     SourceCorrupt,
+    SourceNotFound,
     StorageFailed,
     TargetFull,
     TargetReadOnly,
@@ -29,20 +31,65 @@ def target_error(error: OSError, what: str) -> ReshardError:
     return StorageFailed(f"failed while {what}: {error.strerror or error}")
 
 
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder last through a crash."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems know no fsync of folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 class LocalReader:
     """A local file read with ``pread``: no shared position, so threads need no lock."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._name = name
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # O_NONBLOCK is for what is no file: a pipe would wait for a writer for ever.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            raise SourceNotFound(f"file {str(path)!r} is missing", file=name) from None
         except OSError as error:
             raise StorageFailed(f"can't open {str(path)!r}: {error.strerror}", file=name) from None
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            os.close(self._descriptor)
+            raise UnsafeSource(f"{str(path)!r} is not a regular file", file=name)
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of the open file now."""
+        return os.fstat(self._descriptor).st_size
+
+    def opened_path(self) -> Path | None:
+        """Where the open file really lies, whatever its name led through; None where the system can't tell."""
+        try:
+            return Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+        except OSError:
+            return None
+
+    def expect(self, start: int, length: int) -> None:
+        """``SourceCorrupt`` unless ``[start, start + length)`` lies in the file: ask before taking memory for it."""
+        if start < 0 or length < 0 or start + length > self.size_bytes:
+            raise self._short(self.size_bytes, start, length)
+
+    def _short(self, end: int, start: int, wanted: int) -> SourceCorrupt:
+        return SourceCorrupt(
+            f"file {self._name!r} ends at byte {end}, before the {wanted} bytes expected at {start}",
+            file=self._name,
+            hint="the file is truncated or was changed while it was read; copy it again from its origin",
+        )
+
     def read_into(self, start: int, buffer: memoryview) -> None:
         done, wanted = 0, len(buffer)
+        if not 0 <= start < 1 << 62:  # beyond what the system call takes, whatever the file
+            raise self._short(self.size_bytes, start, wanted)
         while done < wanted:
             try:
                 count = os.preadv(self._descriptor, [buffer[done:]], start + done)
@@ -51,11 +98,7 @@ class LocalReader:
                     f"reading {wanted} bytes at {start} of {self._name!r} failed: {error.strerror}", file=self._name
                 ) from None
             if count == 0:
-                raise SourceCorrupt(
-                    f"file {self._name!r} ends at byte {start + done}, before the {wanted} bytes expected at {start}",
-                    file=self._name,
-                    hint="the file is truncated or was changed while it was read; copy it again from its origin",
-                )
+                raise self._short(start + done, start, wanted)
             done += count
 
     def done_with(self, start: int, length: int) -> None:
@@ -63,7 +106,13 @@ class LocalReader:
             os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.close()
 
 
 class LocalStreamWriter:
@@ -90,9 +139,51 @@ class LocalStreamWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self._path)
+            sync_folder(self._path.parent)
         except OSError as error:
             self.abort()
             raise target_error(error, f"finishing {self._path.name!r}") from None
+
+    def close_once(self) -> bool:
+        """Like ``close``, but False, and nothing written, if something has the name already.
+
+        A hard link appears whole and only if the name is free, which a file opened with O_EXCL does not: it can be read
+        half written, and is left half written by a crash.
+        """
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            won = self._link()
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise target_error(error, f"creating {self._path.name!r}") from None
+        finally:
+            self.abort()
+        return won
+
+    def _link(self) -> bool:
+        try:
+            os.link(self._temporary, self._path)
+        except FileExistsError:
+            # On NFS the answer to a link that succeeded can get lost, and the repeated request then fails.
+            return os.stat(self._temporary).st_nlink == 2
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            return self._copy_exclusively()
+        return True
+
+    def _copy_exclusively(self) -> bool:
+        """For file systems without hard links (exFAT, some FUSE)."""
+        try:
+            with open(self._path, "xb") as file:
+                file.write(self._temporary.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            return False
+        return True
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):
@@ -106,16 +197,21 @@ class LocalStorage:
 
     is_local = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, roots: tuple[Path, ...] | None = None) -> None:
+        """``roots`` are the folders that the service allows (real paths); None for no limit but the root itself."""
         self.root = root
+        self._roots = roots
         self._resolved = Path(os.path.realpath(root))
+
+    def __repr__(self) -> str:
+        return f"LocalStorage({str(self.root)!r})"
 
     @property
     def uri(self) -> str:
         return str(self.root)
 
     def child(self, path: str) -> LocalStorage:
-        return LocalStorage(self.path(path))
+        return LocalStorage(self.path(path), self._roots)
 
     def path(self, path: str) -> Path:
         """The absolute path of a name; one that resolves out of the root (and of a Hub cache's blobs) is refused."""
@@ -127,7 +223,17 @@ class LocalStorage:
                 file=path,
                 hint="copy the file into the folder if you trust it",
             )
+        self._expect_allowed(resolved, path)
         return full
+
+    def _expect_allowed(self, resolved: Path, path: str) -> None:
+        if self._roots is not None and not any(resolved.is_relative_to(root) for root in self._roots):
+            raise UnsafeSource(f"{path or str(self.root)!r} leads out of the folders that may be used", file=path)
+
+    def _place(self, path: str) -> Path:
+        """Where a file is to be written: its folder is checked like any path, the name itself may be a dead link."""
+        folder, _, name = path.rpartition("/")
+        return self.path(folder) / name if path else self.root
 
     def _hub_blob(self, resolved: Path) -> bool:
         """A Hugging Face cache keeps ``snapshots/<revision>/<name>`` as links into ``blobs/`` of the same model."""
@@ -143,17 +249,12 @@ class LocalStorage:
             return None
         except OSError as error:
             raise StorageFailed(f"can't look at {path or str(self.root)!r}: {error.strerror}") from None
-        is_dir = os.path.isdir(self.path(path))
-        return FileStat(status.st_size, f"{status.st_size}:{status.st_mtime_ns}", is_dir)
+        return FileStat(status.st_size, f"{status.st_size}:{status.st_mtime_ns}", is_dir=stat.S_ISDIR(status.st_mode))
 
     def list_dir(self, path: str = "") -> list[DirEntry]:
         try:
-            with os.scandir(self.root / path) as found:
-                entries = [
-                    DirEntry(entry.name, entry.is_dir(), entry.stat().st_size)
-                    for entry in found
-                    if entry.is_dir() or os.path.exists(entry.path)
-                ]
+            with os.scandir(self.path(path)) as found:
+                entries = [entry for item in found if (entry := _entry(item)) is not None]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
@@ -161,44 +262,56 @@ class LocalStorage:
         return sorted(entries, key=lambda entry: entry.name)
 
     def read_bytes(self, path: str, start: int = 0, length: int | None = None) -> bytes:
-        if length is None:
-            status = self.stat(path)
-            if status is None:
-                raise SourceCorrupt(f"file {path!r} is missing", file=path)
-            length = max(0, status.bytes - start)
-        buffer = bytearray(length)
         reader = self.open(path)
         try:
+            wanted = max(0, reader.size_bytes - start) if length is None else length
+            reader.expect(start, wanted)
+            buffer = bytearray(wanted)
             reader.read_into(start, memoryview(buffer))
         finally:
             reader.close()
         return bytes(buffer)
 
     def open(self, path: str) -> LocalReader:
-        return LocalReader(self.path(path), path or self.root.name)
+        reader = LocalReader(self.path(path), path or self.root.name)
+        if self._roots is not None and (opened := reader.opened_path()) is not None:
+            # A link may have been put there between the check and the opening.
+            try:
+                self._expect_allowed(opened, path)
+            except UnsafeSource:
+                reader.close()
+                raise
+        return reader
 
     def create(self, path: str) -> LocalStreamWriter:
-        return LocalStreamWriter(self.root / path if path else self.root)
+        return LocalStreamWriter(self._place(path))
 
     def create_once(self, path: str, data: bytes) -> bool:
-        full = self.root / path if path else self.root
+        full = self._place(path)
+        writer = LocalStreamWriter(full)
         try:
-            full.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise target_error(error, f"creating {path!r}") from None
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return True
+            writer.write(memoryview(data))
+            return writer.close_once()
+        except ReshardError:
+            writer.abort()
+            raise
 
     def remove(self, path: str) -> None:
-        full = self.root / path if path else self.root
-        if full.is_dir() and not full.is_symlink():
-            shutil.rmtree(full, ignore_errors=True)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                full.unlink()
+        full = self._place(path)
+        try:
+            if full.is_dir() and not full.is_symlink():
+                shutil.rmtree(full)
+            else:
+                full.unlink(missing_ok=True)
+        except FileNotFoundError:
+            return  # somebody else was faster
+        except OSError as error:
+            raise target_error(error, f"removing {str(full)!r}") from None
+
+
+def _entry(item: os.DirEntry[str]) -> DirEntry | None:
+    """None for a dead link, and for a name that went away since the folder was read."""
+    try:
+        return DirEntry(item.name, item.is_dir(), item.stat().st_size)
+    except FileNotFoundError:
+        return None

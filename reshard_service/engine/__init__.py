@@ -1,0 +1,1 @@
+"""Executes a plan: reads ranges, fills buffers, writes files in place, checks as it goes, and commits at the end."""

@@ -1,0 +1,72 @@
+"""Running CRC32s and digests of arrays that pass through in pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import xxhash
+
+try:
+    from isal.isal_zlib import crc32 as crc32
+except ImportError:  # platforms without an isal wheel: the same sum, some ten times slower
+    from zlib import crc32 as crc32
+
+SEGMENT_BYTES = 64 << 20
+"""Largest piece of a stored chunk that has a digest of its own (decision 17)."""
+
+
+@dataclass(slots=True)
+class RunningCrc:
+    """CRC32 of an array that arrives front to back; knows nothing once a piece was skipped."""
+
+    at: int = 0
+    value: int = 0
+
+    def add(self, start: int, data: memoryview) -> None:
+        if start == self.at:
+            self.value = crc32(data, self.value)
+            self.at += len(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Digest of bytes ``[start, start + length)`` of a file."""
+
+    start: int
+    length: int
+    digest: str
+
+
+@dataclass(slots=True)
+class RunningSegments:
+    """Digests of the segments of one stored array, which arrives front to back from ``start`` in its file."""
+
+    start: int
+    segments: list[Segment] = field(default_factory=list)
+    _hash: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    _filled: int = 0
+
+    def add(self, data: memoryview) -> None:
+        while len(data):
+            room = SEGMENT_BYTES - self._filled
+            self._hash.update(data[:room])
+            self._filled += min(room, len(data))
+            data = data[room:]
+            if self._filled == SEGMENT_BYTES:
+                self._close()
+
+    def finish(self) -> list[Segment]:
+        if self._filled:
+            self._close()
+        return self.segments
+
+    def _close(self) -> None:
+        self.segments.append(Segment(self.start, self._filled, self._hash.hexdigest()))
+        self.start += self._filled
+        self._hash = xxhash.xxh3_128()
+        self._filled = 0
+
+
+def segment_of(start: int, data: memoryview) -> Segment:
+    """The digest of bytes that are at hand whole."""
+    return Segment(start, len(data), xxhash.xxh3_128_hexdigest(data))

@@ -1,0 +1,213 @@
+"""Local output files: space taken up front, whole pages past the page cache, the rest through it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+from reshard_service.engine.buffers import PAGE, Buffer
+from reshard_service.engine.checksums import Segment
+from reshard_service.engine.mover import RunSink
+from reshard_service.formats.target import OutputFile
+from reshard_service.storage.local import target_error
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Make a file ``size`` bytes long, with its blocks taken where the file system can, so that a full disk shows."""
+    fallocate = getattr(_libc, "fallocate", None)
+    if fallocate is not None and size > 0:
+        failed = fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
+        if not failed:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code))
+    os.ftruncate(descriptor, size)
+
+
+def takes_direct_writes(folder: Path) -> bool:
+    """Whether files here accept O_DIRECT: tried, since file systems differ and some only say so (decision 32)."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    probe = folder / ".direct-probe"
+    buffer = Buffer(PAGE)
+    try:
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        try:
+            return os.pwrite(descriptor, buffer.view, 0) == PAGE
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
+    finally:
+        buffer.close()
+        probe.unlink(missing_ok=True)
+
+
+@dataclass(slots=True)
+class _Open:
+    """An output file in the making."""
+
+    cached: int
+    direct: int | None
+    missing: int
+    """Bytes still to come."""
+    segments: list[Segment] = field(default_factory=list)
+
+
+class OutputFiles:
+    """The files of one attempt, written by several threads in place; one is finished when its last byte came."""
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Callable[[int], str],
+        files: tuple[OutputFile, ...],
+        claimed_bytes: list[int],
+        finished: Callable[[int, list[Segment]], None],
+    ) -> None:
+        """``names(i)`` is the temporary name of file ``i``; ``claimed_bytes[i]`` how much will be written.
+
+        ``finished(i, segments)`` is called once per file, synced and closed, with its digests in file order.
+        """
+        self._folder = folder
+        self._names = names
+        self._files = files
+        self._claimed = claimed_bytes
+        self._finished = finished
+        self._direct = takes_direct_writes(folder)
+        self._open: dict[int, _Open] = {}
+        self._lock = Lock()
+
+    def _of(self, file: int) -> _Open:
+        with self._lock:
+            known = self._open.get(file)
+            if known is None:
+                known = self._open[file] = self._create(file)
+            return known
+
+    def _create(self, file: int) -> _Open:
+        path = self._folder / self._names(file)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cached = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                reserve(cached, self._files[file].bytes)
+                direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC) if self._direct else None
+            except OSError:
+                os.close(cached)
+                raise
+        except OSError as error:
+            raise target_error(error, f"creating {self._files[file].path!r}") from None
+        return _Open(cached, direct, self._claimed[file])
+
+    def create_empty(self, file: int) -> None:
+        """Finish a file that nothing will be written to."""
+        self._of(file)
+        self.count(file, 0)
+
+    def put(self, file: int, start: int, data: memoryview, *, direct: bool) -> None:
+        """Write bytes at their final place; ``direct`` data is whole, aligned pages in aligned memory."""
+        opened = self._of(file)
+        descriptor = opened.direct if direct and opened.direct is not None else opened.cached
+        try:
+            while len(data):
+                count = os.pwrite(descriptor, data, start)
+                if direct and count % PAGE:
+                    descriptor = opened.cached
+                data, start = data[count:], start + count
+        except OSError as error:
+            raise target_error(error, f"writing {self._files[file].path!r}") from None
+
+    @property
+    def direct(self) -> bool:
+        return self._direct
+
+    def note(self, file: int, segments: list[Segment]) -> None:
+        """Keep digests of bytes that are being written."""
+        opened = self._of(file)
+        with self._lock:
+            opened.segments.extend(segments)
+
+    def count(self, file: int, written: int) -> None:
+        """``written`` more bytes of the file are in place; the last ones finish it."""
+        opened = self._of(file)
+        with self._lock:
+            opened.missing -= written
+            if opened.missing > 0:
+                return
+        try:
+            os.fsync(opened.cached)
+        except OSError as error:
+            raise target_error(error, f"syncing {self._files[file].path!r}") from None
+        self._close(opened)
+        self._finished(file, sorted(opened.segments, key=lambda segment: segment.start))
+        with self._lock:
+            opened.segments = []
+
+    @staticmethod
+    def _close(opened: _Open) -> None:
+        for descriptor in (opened.cached, opened.direct):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        opened.cached, opened.direct = -1, None
+
+    def close(self) -> None:
+        """Close what is still open, finished or not."""
+        with self._lock:
+            for opened in self._open.values():
+                if opened.cached >= 0:
+                    self._close(opened)
+
+
+class LocalSink(RunSink):
+    """One thread's way into the output files: joins runs, so that all but a file's edges go in whole pages."""
+
+    def __init__(self, files: OutputFiles) -> None:
+        self._files = files
+        self._rest: dict[int, tuple[int, bytes]] = {}
+        """Per file the start of a page that waits for the run that continues it, and where it goes."""
+
+    def write(self, file: int, start: int, buffer: Buffer, at: int, length: int) -> None:
+        if not self._files.direct:
+            self._files.put(file, start, buffer.view[at : at + length], direct=False)
+            self._files.count(file, length)
+            return
+        waiting = self._rest.pop(file, None)
+        if waiting is not None:
+            rest_start, rest = waiting
+            if rest_start + len(rest) == start:
+                buffer.view[at - len(rest) : at] = rest
+                start, at, length = rest_start, at - len(rest), length + len(rest)
+            else:
+                self._put_rest(file, rest_start, rest)
+        lead = min(-start % PAGE, length)
+        if lead:
+            self._files.put(file, start, buffer.view[at : at + lead], direct=False)
+        pages = (length - lead) // PAGE * PAGE
+        if pages:
+            self._files.put(file, start + lead, buffer.view[at + lead : at + lead + pages], direct=True)
+        rest_length = length - lead - pages
+        if rest_length:
+            end = at + length
+            self._rest[file] = (start + length - rest_length, bytes(buffer.view[end - rest_length : end]))
+        self._files.count(file, length - rest_length)
+
+    def _put_rest(self, file: int, start: int, rest: bytes) -> None:
+        self._files.put(file, start, memoryview(rest), direct=False)
+        self._files.count(file, len(rest))
+
+    def add_segments(self, file: int, segments: list[Segment]) -> None:
+        self._files.note(file, segments)
+
+    def end_batch(self) -> None:
+        rests, self._rest = self._rest, {}
+        for file, (start, rest) in rests.items():
+            self._put_rest(file, start, rest)

@@ -1,0 +1,281 @@
+"""One thread of a worker: runs batches of a plan, round by round, through its two buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from reshard_service.catalogue import Int64s, Tensor
+from reshard_service.engine.buffers import PAGE, Buffer, align_up
+from reshard_service.engine.checksums import RunningCrc, RunningSegments, Segment, crc32, segment_of
+from reshard_service.engine.moves import move_bytes, move_cast
+from reshard_service.engine.rounds import Fetcher, Place
+from reshard_service.engine.source import Source
+from reshard_service.errors import Cancelled
+from reshard_service.planning.batches import Batch
+from reshard_service.planning.budget import Budget
+from reshard_service.planning.panels import Arrays, Panel, Write, cut_panels
+from reshard_service.planning.plan import Plan
+
+_CACHED_MOVES = 200_000
+_CACHED_PANELS = 64
+
+
+class RunSink:
+    """Where finished runs of bytes go; one per thread. Implemented by the targets."""
+
+    def write(self, file: int, start: int, buffer: Buffer, at: int, length: int) -> None:
+        """Take ``length`` bytes from ``buffer`` at ``at`` for ``file`` at ``start``.
+
+        ``at`` and ``start`` are equal modulo the page size and the page before ``at`` is free for use.
+        """
+        raise NotImplementedError
+
+    def add_segments(self, file: int, segments: list[Segment]) -> None:
+        """Digests of stored bytes; they arrive before the bytes count as written."""
+        raise NotImplementedError
+
+    def end_batch(self) -> None:
+        """The batch is complete: nothing may be held back."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A write of the current round with its place in the target file."""
+
+    file: int
+    start: int
+    length: int
+    row: int
+    write: Write
+    tensor: Tensor
+    source: Tensor
+    first_place: int
+    head: bytes | None
+    tail_bytes: int
+
+
+class Mover:
+    """Executes batches. Everything a batch needs in memory is this object's two buffers."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        sink: RunSink,
+        budget: Budget,
+        progress: Callable[[int], None] = lambda written: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._plan = plan
+        self._source = source
+        self._sink = sink
+        self._budget = budget
+        self._progress = progress
+        self._cancelled = cancelled
+        self._staging = Buffer(budget.staging_bytes)
+        self._output = Buffer(budget.output_bytes)
+        self._fetcher = Fetcher(source, self._staging)
+        self._panels: dict[tuple[object, ...], list[Panel]] = {}
+        self._cached_moves = 0
+        self._crcs: dict[int, RunningCrc] = {}
+        self._segments: dict[int, RunningSegments] = {}
+        self._pending: list[_Piece] = []
+        self._pending_bytes = 0
+
+    def close(self) -> None:
+        self._pending.clear()
+        self._staging.close()
+        self._output.close()
+
+    def run(self, batch: Batch) -> None:
+        """Copy one batch; on return all its bytes are written (not yet synced)."""
+        plan, design = self._plan, self._plan.design
+        done: list[range] = []
+        for t in range(batch.first, batch.stop):
+            s = int(design.sources[t])
+            rows = plan.source.chunks.rows(s)
+            for panel in self._panels_of(t, s, batch):
+                if not self._fetcher.room_for(rows.start, panel.reads) or self._is_full(panel):
+                    self._flush(done)
+                self._add(t, s, rows.start, panel)
+            done.append(range(rows.start, rows.stop))
+        self._flush(done)
+        self._sink.end_batch()
+
+    def _is_full(self, panel: Panel) -> bool:
+        return self._pending_bytes + panel.bytes_out + PAGE * len(panel.writes) > self._output.size
+
+    def _panels_of(self, t: int, s: int, batch: Batch) -> Iterator[Panel]:
+        """Panels of one tensor, remembered by geometry: layers of a model repeat."""
+        plan, chunks = self._plan, self._plan.design.chunks
+        wanted, given = plan.design.tensors[t], plan.source.tensors[s]
+        source = Arrays.of(plan.source.chunks, plan.source.chunks.rows(s), plan.dims)
+        target = Arrays.of(chunks, chunks.rows(t), plan.dims)
+        number = int(plan.pattern_of[t])
+        budget = self._panel_budget(t, s)
+        keep = None if batch.files is None else self._rows_in(chunks.file[chunks.rows(t)], batch.files)
+        key = (
+            number,
+            budget,
+            given.dtype.itemsize,
+            wanted.dtype.itemsize,
+            b"" if plan.source.chunks.stored is None else source.key(),
+            b"" if chunks.stored is None else target.key(),
+            None if keep is None else keep.tobytes(),
+        )
+        known = self._panels.get(key)
+        if known is not None:
+            yield from known
+            return
+        pattern = plan.patterns[number] if keep is None else plan.patterns[number].only_targets(keep)
+        panels: list[Panel] | None = []
+        moves = 0
+        for panel in cut_panels(
+            wanted.shape,
+            pattern,
+            source,
+            target,
+            given.dtype.itemsize,
+            wanted.dtype.itemsize,
+            budget,
+            keep,
+        ):
+            if panels is not None:
+                panels.append(panel)
+                moves += sum(len(write.moves) for write in panel.writes)
+                if len(panels) > _CACHED_PANELS or self._cached_moves + moves > _CACHED_MOVES:
+                    panels = None
+            yield panel
+        if panels is not None:
+            self._panels[key] = panels
+            self._cached_moves += moves
+
+    def _panel_budget(self, t: int, s: int) -> int:
+        """Payload bytes of a panel, smaller where framing makes up much of what is read or written."""
+        stored = payload = 1
+        for chunks, rows, tensor in (
+            (self._plan.source.chunks, self._plan.source.chunks.rows(s), self._plan.source.tensors[s]),
+            (self._plan.design.chunks, self._plan.design.chunks.rows(t), self._plan.design.tensors[t]),
+        ):
+            ratio = int(chunks.length[rows].sum()) / max(1, tensor.nbytes)
+            if ratio > stored / payload and chunks.stored is None:
+                stored, payload = int(ratio * 1024) + 1, 1024
+        return max(1 << 12, self._budget.panel_bytes * payload // stored)
+
+    @staticmethod
+    def _rows_in(file_of_row: np.ndarray[tuple[int], np.dtype[np.int32]], files: frozenset[int]) -> Int64s:
+        return np.flatnonzero(np.isin(file_of_row, np.fromiter(files, dtype=np.int32))).astype(np.int64)
+
+    def _add(self, t: int, s: int, first_source_row: int, panel: Panel) -> None:
+        design = self._plan.design
+        chunks, tensor, source = design.chunks, design.tensors[t], self._plan.source.tensors[s]
+        first_place = self._fetcher.ask(first_source_row, panel.reads, source)
+        first_row = int(chunks.first[t])
+        for write in panel.writes:
+            span = write.span
+            row = first_row + span.row
+            start, length, head, tail_bytes = int(chunks.start[row]), span.length, None, 0
+            if design.framing is None:
+                start += span.start
+            else:
+                sizes = tuple(chunks.sizes[row, : len(tensor.shape)].tolist())
+                head = design.framing.head(tensor.dtype, sizes)
+                if span.start + length == span.array_bytes:
+                    tail_bytes = int(chunks.length[row]) - len(head) - span.array_bytes
+                    length += tail_bytes
+                if span.start == 0:
+                    length += len(head)
+                else:
+                    start += len(head) + span.start
+                    head = None
+            piece = _Piece(
+                int(chunks.file[row]), start, length, row, write, tensor, source, first_place, head, tail_bytes
+            )
+            self._pending.append(piece)
+            self._pending_bytes += length + PAGE
+
+    def _flush(self, done: list[range]) -> None:
+        """Fetch the round's reads, make its writes, hand them to the sink run by run."""
+        if self._cancelled():
+            raise Cancelled("stopped before the end; nothing became visible at the target")
+        places = self._fetcher.fetch()
+        pieces = sorted(self._pending, key=lambda piece: (piece.file, piece.start))
+        self._pending, self._pending_bytes = [], 0
+        at = 0
+        run: tuple[int, int, int] | None = None  # file, start in the file, position in the buffer
+        for piece in pieces:
+            if run is not None and (piece.file, piece.start) != (run[0], run[1] + at - run[2]):
+                self._sink.write(run[0], run[1], self._output, run[2], at - run[2])
+                self._progress(at - run[2])
+                run = None
+                at = align_up(at)
+            if run is None:
+                begin = align_up(at) + PAGE + piece.start % PAGE
+                if begin + piece.length > self._output.size:
+                    begin = PAGE + piece.start % PAGE
+                run = (piece.file, piece.start, begin)
+                at = begin
+            elif at + piece.length > self._output.size:
+                self._sink.write(run[0], run[1], self._output, run[2], at - run[2])
+                self._progress(at - run[2])
+                at = PAGE + piece.start % PAGE
+                run = (piece.file, piece.start, at)
+            self._make(piece, places, at)
+            at += piece.length
+        if run is not None:
+            self._sink.write(run[0], run[1], self._output, run[2], at - run[2])
+            self._progress(at - run[2])
+        for rows in done:
+            self._source.forget(rows)
+        done.clear()
+
+    def _make(self, piece: _Piece, places: list[Place], at: int) -> None:
+        """Fill one piece of the output buffer: head, moved bytes, tail; digests and CRC on the way."""
+        span, view = piece.write.span, self._output.view
+        begin = at
+        if piece.head is not None:
+            view[at : at + len(piece.head)] = piece.head
+            at += len(piece.head)
+        same = piece.source.dtype == piece.tensor.dtype
+        for move in piece.write.moves:
+            array, place = places[piece.first_place + move.read]
+            if same:
+                move_bytes(move, array, place, self._output.array, at, piece.tensor.dtype.itemsize)
+            else:
+                move_cast(move, array, place, self._output.array, at, piece.source.dtype, piece.tensor.dtype)
+        at += span.length
+        if self._plan.design.framing is not None:
+            self._frame(piece, at)
+            at += piece.tail_bytes
+        self._digest(piece, view[begin:at])
+
+    def _frame(self, piece: _Piece, at: int) -> None:
+        """Run the payload's CRC on; at its end write the tail that carries it."""
+        span, framing = piece.write.span, self._plan.design.framing
+        payload = self._output.view[at - span.length : at]
+        running = None if span.whole else self._crcs.setdefault(piece.row, RunningCrc())
+        if running is not None:
+            running.add(span.start, payload)
+        if span.start + span.length == span.array_bytes and framing is not None:
+            crc = crc32(payload) if running is None else running.value
+            self._crcs.pop(piece.row, None)
+            sizes = tuple(self._plan.design.chunks.sizes[piece.row, : len(piece.tensor.shape)].tolist())
+            self._output.view[at : at + piece.tail_bytes] = framing.tail(piece.tensor.dtype, sizes, crc)
+
+    def _digest(self, piece: _Piece, data: memoryview) -> None:
+        span = piece.write.span
+        if span.whole and len(data) <= self._budget.output_bytes:
+            if len(data):
+                self._sink.add_segments(piece.file, [segment_of(piece.start, data)])
+            return
+        running = self._segments.get(piece.row)
+        if running is None:
+            running = self._segments[piece.row] = RunningSegments(piece.start)
+        running.add(data)
+        if span.start + span.length == span.array_bytes:
+            del self._segments[piece.row]
+            self._sink.add_segments(piece.file, running.finish())
