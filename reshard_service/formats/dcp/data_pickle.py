@@ -260,10 +260,6 @@ class _Reader:
     def push_name(self, name: str) -> None:
         if why := _WHY_UNSUPPORTED.get(name):
             _unsupported(why)
-        if not (name.startswith("torch.") or name == "collections.OrderedDict"):
-            if name.split(".", 1)[0].startswith("torch"):
-                _unsupported(f"needs {name}")
-            raise UnsafeSource(f"data.pkl wants to import {name!r}, which no stored tensor needs")
         self.stack.append(_Name(name))
 
     def stack_global(self) -> None:
@@ -280,8 +276,13 @@ class _Reader:
             self.stack.append({})
         elif function.name in (_V1, _V2, _V3, _FROM_TYPE) or function.name in _PARAMETER_CALLS:
             self.stack.append(_Call(function.name, args))
-        else:
+        elif function.name.startswith("torch"):
             _unsupported(f"is made by {function.name}")
+        else:
+            raise UnsafeSource(
+                f"data.pkl wants to call {function.name!r}, which no stored tensor needs; nothing of it was run",
+                hint="don't trust this file",
+            )
 
     def set_items(self) -> None:
         items = self.to_mark()

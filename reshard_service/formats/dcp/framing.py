@@ -22,8 +22,8 @@ from reshard_service.errors import CannotHold
 from reshard_service.formats.dcp.data_pickle import TYPED_STORAGES
 
 ALIGNMENT = 64
-_ZIP64_FROM = 0xFFFFFFFF
-"""Payloads of this many bytes or more need 64-bit sizes in the zip."""
+_ZIP64_FROM = 0xFFFF0000
+"""Payloads of this many bytes or more get 64-bit fields: what lies behind them is then near or beyond 4 GiB."""
 
 _STORAGE_CLASS = {name: cls for cls, name in TYPED_STORAGES.items()}
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
