@@ -1,7 +1,7 @@
 """The manifest written with every target: digests of all stored bytes, nothing that differs from run to run.
 
-``reshard.manifest.json`` lies in a folder, ``<file>.reshard.json`` beside a single file (decision 17). It holds no time,
-host or attempt, so that a resumed conversion gives the same bytes as an undisturbed one.
+``reshard.manifest.json`` lies in a folder, ``<file>.reshard.json`` beside a single file (decision 17). It holds no
+time, host or attempt, so that a resumed conversion gives the same bytes as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
@@ -38,12 +38,11 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was written. ``request`` is what decides the bytes: source identity, layout and options (decision 19)."""
+    """What was written. ``plan`` is the digest of all that decides the bytes: source, layout, options (decision 19)."""
 
     format: str
     algorithm: str
     plan: str
-    request: str
     files: tuple[ManifestFile, ...]
     left_out: tuple[str, ...] = ()
     world: int | None = None
@@ -55,7 +54,6 @@ class Manifest:
             "format": self.format,
             "algo": self.algorithm,
             "plan": self.plan,
-            "request": self.request,
             "world": self.world,
             "left_out": list(self.left_out),
         }
@@ -68,6 +66,20 @@ class Manifest:
             for file in self.files
         )
         return f'{head},\n "files": [\n{files}\n]\n}}\n'.encode()
+
+
+class Hasher(Protocol):
+    """The part of hashlib's interface that we use."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def new_hasher(algorithm: str) -> Hasher:
+    """An empty running digest."""
+    hasher: Hasher = xxhash.xxh3_128() if algorithm == ALGORITHM else hashlib.sha256()
+    return hasher
 
 
 def digest_bytes(data: bytes | memoryview, algorithm: str = ALGORITHM) -> str:
@@ -100,7 +112,6 @@ def parse_manifest(data: bytes, *, named: str) -> Manifest:
             format=str(document["format"]),
             algorithm=_known_algorithm(str(document["algo"])),
             plan=str(document["plan"]),
-            request=str(document["request"]),
             files=tuple(_file(entry, named) for entry in document["files"]),
             left_out=tuple(str(key) for key in document.get("left_out", ())),
             world=None if document.get("world") is None else int(document["world"]),

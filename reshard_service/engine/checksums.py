@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import xxhash
+from reshard_service.manifest import Hasher, SegmentRow, digest_bytes, new_hasher
 
 try:
     from isal.isal_zlib import crc32 as crc32
@@ -28,45 +28,40 @@ class RunningCrc:
             self.at += len(data)
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Digest of bytes ``[start, start + length)`` of a file."""
-
-    start: int
-    length: int
-    digest: str
-
-
 @dataclass(slots=True)
 class RunningSegments:
     """Digests of the segments of one stored array, which arrives front to back from ``start`` in its file."""
 
     start: int
-    segments: list[Segment] = field(default_factory=list)
-    _hash: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
+    algorithm: str
+    segments: list[SegmentRow] = field(default_factory=list)
+    _hash: Hasher | None = None
     _filled: int = 0
 
     def add(self, data: memoryview) -> None:
         while len(data):
             room = SEGMENT_BYTES - self._filled
+            if self._hash is None:
+                self._hash = new_hasher(self.algorithm)
             self._hash.update(data[:room])
             self._filled += min(room, len(data))
             data = data[room:]
             if self._filled == SEGMENT_BYTES:
                 self._close()
 
-    def finish(self) -> list[Segment]:
+    def finish(self) -> list[SegmentRow]:
         if self._filled:
             self._close()
         return self.segments
 
     def _close(self) -> None:
-        self.segments.append(Segment(self.start, self._filled, self._hash.hexdigest()))
+        if self._hash is not None:
+            self.segments.append((self.start, self._filled, self._hash.hexdigest()))
         self.start += self._filled
-        self._hash = xxhash.xxh3_128()
+        self._hash = None
         self._filled = 0
 
 
-def segment_of(start: int, data: memoryview) -> Segment:
+def segment_of(start: int, data: memoryview, algorithm: str) -> SegmentRow:
     """The digest of bytes that are at hand whole."""
-    return Segment(start, len(data), xxhash.xxh3_128_hexdigest(data))
+    return start, len(data), digest_bytes(data, algorithm)

@@ -11,9 +11,9 @@ from pathlib import Path
 from threading import Lock
 
 from reshard_service.engine.buffers import PAGE, Buffer
-from reshard_service.engine.checksums import Segment
 from reshard_service.engine.mover import RunSink
 from reshard_service.formats.target import OutputFile
+from reshard_service.manifest import SegmentRow
 from reshard_service.storage.local import target_error
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,7 +59,7 @@ class _Open:
     direct: int | None
     missing: int
     """Bytes still to come."""
-    segments: list[Segment] = field(default_factory=list)
+    segments: list[SegmentRow] = field(default_factory=list)
 
 
 class OutputFiles:
@@ -71,7 +71,7 @@ class OutputFiles:
         names: Callable[[int], str],
         files: tuple[OutputFile, ...],
         claimed_bytes: list[int],
-        finished: Callable[[int, list[Segment]], None],
+        finished: Callable[[int, list[SegmentRow]], None],
     ) -> None:
         """``names(i)`` is the temporary name of file ``i``; ``claimed_bytes[i]`` how much will be written.
 
@@ -130,7 +130,7 @@ class OutputFiles:
     def direct(self) -> bool:
         return self._direct
 
-    def note(self, file: int, segments: list[Segment]) -> None:
+    def note(self, file: int, segments: list[SegmentRow]) -> None:
         """Keep digests of bytes that are being written."""
         opened = self._of(file)
         with self._lock:
@@ -148,7 +148,7 @@ class OutputFiles:
         except OSError as error:
             raise target_error(error, f"syncing {self._files[file].path!r}") from None
         self._close(opened)
-        self._finished(file, sorted(opened.segments, key=lambda segment: segment.start))
+        self._finished(file, sorted(opened.segments))
         with self._lock:
             opened.segments = []
 
@@ -204,7 +204,7 @@ class LocalSink(RunSink):
         self._files.put(file, start, memoryview(rest), direct=False)
         self._files.count(file, len(rest))
 
-    def add_segments(self, file: int, segments: list[Segment]) -> None:
+    def add_segments(self, file: int, segments: list[SegmentRow]) -> None:
         self._files.note(file, segments)
 
     def end_batch(self) -> None:

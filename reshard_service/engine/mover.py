@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
 from reshard_service.catalogue import Int64s, Tensor
 from reshard_service.engine.buffers import PAGE, Buffer, align_up
-from reshard_service.engine.checksums import RunningCrc, RunningSegments, Segment, crc32, segment_of
+from reshard_service.engine.checksums import RunningCrc, RunningSegments, crc32, segment_of
 from reshard_service.engine.moves import move_bytes, move_cast
 from reshard_service.engine.rounds import Fetcher, Place
 from reshard_service.engine.source import Source
 from reshard_service.errors import Cancelled
+from reshard_service.manifest import ALGORITHM, SegmentRow
 from reshard_service.planning.batches import Batch
 from reshard_service.planning.budget import Budget
 from reshard_service.planning.panels import Arrays, Panel, Write, cut_panels
@@ -33,7 +35,7 @@ class RunSink:
         """
         raise NotImplementedError
 
-    def add_segments(self, file: int, segments: list[Segment]) -> None:
+    def add_segments(self, file: int, segments: list[SegmentRow]) -> None:
         """Digests of stored bytes; they arrive before the bytes count as written."""
         raise NotImplementedError
 
@@ -69,6 +71,8 @@ class Mover:
         budget: Budget,
         progress: Callable[[int], None] = lambda written: None,
         cancelled: Callable[[], bool] = lambda: False,
+        skip_files: frozenset[int] = frozenset(),
+        algorithm: str = ALGORITHM,
     ) -> None:
         self._plan = plan
         self._source = source
@@ -76,6 +80,8 @@ class Mover:
         self._budget = budget
         self._progress = progress
         self._cancelled = cancelled
+        self._skip = sorted(skip_files)
+        self._algorithm = algorithm
         self._staging = Buffer(budget.staging_bytes)
         self._output = Buffer(budget.output_bytes)
         self._fetcher = Fetcher(source, self._staging)
@@ -95,10 +101,10 @@ class Mover:
         """Copy one batch; on return all its bytes are written (not yet synced)."""
         plan, design = self._plan, self._plan.design
         done: list[range] = []
-        for t in range(batch.first, batch.stop):
+        for t, only in self._steps(batch):
             s = int(design.sources[t])
             rows = plan.source.chunks.rows(s)
-            for panel in self._panels_of(t, s, batch):
+            for panel in self._panels_of(t, s, only):
                 if not self._fetcher.room_for(rows.start, panel.reads) or self._is_full(panel):
                     self._flush(done)
                 self._add(t, s, rows.start, panel)
@@ -106,10 +112,31 @@ class Mover:
         self._flush(done)
         self._sink.end_batch()
 
+    def _steps(self, batch: Batch) -> Iterator[tuple[int, Int64s | None]]:
+        """Tensors to work on, with the chunk rows that are wanted of each (None = all), counted from its first."""
+        chunks = self._plan.design.chunks
+        if batch.rows is not None:
+            for (t, _), rows in groupby(self._located(batch.rows), key=lambda located: located[:2]):
+                yield t, np.array([row - int(chunks.first[t]) for _, _, row in rows], dtype=np.int64)
+            return
+        for t in range(batch.first, batch.stop):
+            if not self._skip:
+                yield t, None
+                continue
+            missing = np.flatnonzero(~np.isin(chunks.file[chunks.rows(t)], self._skip)).astype(np.int64)
+            if len(missing):
+                yield t, missing
+
+    def _located(self, rows: Int64s) -> Iterator[tuple[int, int, int]]:
+        """Tensor, place and row: rows of one stored array have the same place and are neighbours."""
+        chunks = self._plan.design.chunks
+        tensors = np.searchsorted(chunks.first, rows, side="right") - 1
+        return zip(tensors.tolist(), chunks.start[rows].tolist(), rows.tolist(), strict=True)
+
     def _is_full(self, panel: Panel) -> bool:
         return self._pending_bytes + panel.bytes_out + PAGE * len(panel.writes) > self._output.size
 
-    def _panels_of(self, t: int, s: int, batch: Batch) -> Iterator[Panel]:
+    def _panels_of(self, t: int, s: int, keep: Int64s | None) -> Iterator[Panel]:
         """Panels of one tensor, remembered by geometry: layers of a model repeat."""
         plan, chunks = self._plan, self._plan.design.chunks
         wanted, given = plan.design.tensors[t], plan.source.tensors[s]
@@ -117,7 +144,6 @@ class Mover:
         target = Arrays.of(chunks, chunks.rows(t), plan.dims)
         number = int(plan.pattern_of[t])
         budget = self._panel_budget(t, s)
-        keep = None if batch.files is None else self._rows_in(chunks.file[chunks.rows(t)], batch.files)
         key = (
             number,
             budget,
@@ -165,10 +191,6 @@ class Mover:
             if ratio > stored / payload and chunks.stored is None:
                 stored, payload = int(ratio * 1024) + 1, 1024
         return max(1 << 12, self._budget.panel_bytes * payload // stored)
-
-    @staticmethod
-    def _rows_in(file_of_row: np.ndarray[tuple[int], np.dtype[np.int32]], files: frozenset[int]) -> Int64s:
-        return np.flatnonzero(np.isin(file_of_row, np.fromiter(files, dtype=np.int32))).astype(np.int64)
 
     def _add(self, t: int, s: int, first_source_row: int, panel: Panel) -> None:
         design = self._plan.design
@@ -270,11 +292,11 @@ class Mover:
         span = piece.write.span
         if span.whole and len(data) <= self._budget.output_bytes:
             if len(data):
-                self._sink.add_segments(piece.file, [segment_of(piece.start, data)])
+                self._sink.add_segments(piece.file, [segment_of(piece.start, data, self._algorithm)])
             return
         running = self._segments.get(piece.row)
         if running is None:
-            running = self._segments[piece.row] = RunningSegments(piece.start)
+            running = self._segments[piece.row] = RunningSegments(piece.start, self._algorithm)
         running.add(data)
         if span.start + span.length == span.array_bytes:
             del self._segments[piece.row]

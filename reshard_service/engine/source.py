@@ -26,12 +26,13 @@ _BLOCK = 1 << 20
 class Source:
     """Reads from one catalogue; shared by the threads of a worker."""
 
-    def __init__(self, catalogue: Catalogue, scratch: Path | None = None) -> None:
+    def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
         self.items = ItemReader()
         self.read_bytes = 0
         """Bytes fetched from the store so far."""
-        self._scratch = scratch
+        self.scratch: Path | None = None
+        """Folder for nameless temporary files; None for the system's."""
         self._open: OrderedDict[int, ByteReader] = OrderedDict()
         self._payloads: dict[int, Payload] = {}
         self._unpacked: dict[int, Unpacked] = {}
@@ -99,7 +100,7 @@ class Source:
     def _unpack(self, row: int, tensor: Tensor) -> Unpacked:
         chunks = self.catalogue.chunks
         file, start, length = int(chunks.file[row]), int(chunks.start[row]), int(chunks.length[row])
-        item = Unpacked(self._scratch)
+        item = Unpacked(self.scratch)
         if chunks.storing[row] == Storing.ZSTD_ITEM:
             self._decompress(item, file, start, length, tensor)
         else:
@@ -115,7 +116,7 @@ class Source:
             memoryview(head), tensor.dtype, sizes, item_bytes=item.length, key=tensor.key, file=self.file_path(row)
         )
         item.check(payload, tensor.key, self.file_path(row))
-        return item.as_rows(payload, sizes, tensor.dtype.itemsize, self._scratch)
+        return item.as_rows(payload, sizes, tensor.dtype.itemsize, self.scratch)
 
     def _decompress(self, item: Unpacked, file: int, start: int, length: int, tensor: Tensor) -> None:
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj(read_across_frames=True)

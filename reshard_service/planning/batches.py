@@ -10,19 +10,17 @@ from numpy.typing import NDArray
 from reshard_service.catalogue import Int64s
 
 BATCH_BYTES = 64 << 20
-STREAMS_AT_ONCE = 8
-"""Files that one batch writes in step when each must be written in order: every open upload holds a part in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tensors ``[first, stop)`` of the design, in order; only rows in ``files`` if given."""
+    """Tensors ``[first, stop)`` of the design, in order; or, if given, just the chunk ``rows``, in that order."""
 
     first: int
     stop: int
     read_bytes: int
     write_bytes: int
-    files: frozenset[int] | None = None
+    rows: Int64s | None = None
 
 
 def batches_by_tensor(read_bytes: Int64s, write_bytes: Int64s, *, largest: int = BATCH_BYTES) -> tuple[Batch, ...]:
@@ -41,22 +39,25 @@ def batches_by_tensor(read_bytes: Int64s, write_bytes: Int64s, *, largest: int =
 
 
 def batches_by_file(
-    tensor_of_row: Int64s, file_of_row: Int64s, bytes_of_row: Int64s, source_scale: NDArray[np.float64], files: int
+    tensor_of_row: Int64s,
+    file_of_row: Int64s,
+    start_of_row: Int64s,
+    bytes_of_row: Int64s,
+    source_scale: NDArray[np.float64],
 ) -> tuple[Batch, ...]:
-    """Whole files, a few at a time in step: for targets where an object is written in order by one worker.
+    """One file a batch, its rows front to back: for targets where an object is written in order by one worker.
 
     ``source_scale[row]`` is source bytes per target byte of a row, so that casts are counted right.
     """
+    order = np.lexsort((start_of_row, file_of_row))
+    _, begins = np.unique(file_of_row[order], return_index=True)
+    ends = [*begins[1:].tolist(), len(order)]
     batches = []
-    for first_file in range(0, files, STREAMS_AT_ONCE):
-        members = frozenset(range(first_file, min(first_file + STREAMS_AT_ONCE, files)))
-        mask = np.isin(file_of_row, np.array(sorted(members)))
-        tensors = tensor_of_row[mask]
-        if len(tensors) == 0:
-            continue
-        written = int(bytes_of_row[mask].sum())
-        read = int((bytes_of_row[mask] * source_scale[mask]).sum())
-        batches.append(Batch(int(tensors.min()), int(tensors.max()) + 1, read, written, members))
+    for begin, end in zip(begins.tolist(), ends, strict=True):
+        rows = order[begin:end].astype(np.int64)
+        tensors = tensor_of_row[rows]
+        read = int((bytes_of_row[rows] * source_scale[rows]).sum())
+        batches.append(Batch(int(tensors.min()), int(tensors.max()) + 1, read, int(bytes_of_row[rows].sum()), rows))
     return tuple(batches)
 
 

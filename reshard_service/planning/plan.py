@@ -161,15 +161,20 @@ class _Proof:
         return self._elements[number]
 
 
-def _stored_bytes_of_tensors(chunks: Chunks) -> Int64s:
-    """Bytes on disk of each tensor's distinct stored arrays, framing included."""
+def array_lengths(chunks: Chunks) -> Int64s:
+    """Per row the bytes on disk of its stored array, framing included; 0 in all but the first row of an array."""
     lengths = chunks.length.astype(np.int64)
-    if chunks.stored is not None:
-        place = np.stack([chunks.file.astype(np.int64), chunks.start], axis=1)
-        _, first = np.unique(place, axis=0, return_index=True)
-        repeated = np.ones(len(lengths), dtype=bool)
-        repeated[first] = False
-        lengths = np.where(repeated, 0, lengths)
+    if chunks.stored is None:
+        return lengths
+    place = np.stack([chunks.file.astype(np.int64), chunks.start], axis=1)
+    _, first = np.unique(place, axis=0, return_index=True)
+    own = np.zeros_like(lengths)
+    own[first] = lengths[first]
+    return own
+
+
+def _stored_bytes_of_tensors(chunks: Chunks) -> Int64s:
+    lengths = array_lengths(chunks)
     running = np.concatenate([[0], np.cumsum(lengths)])
     totals: Int64s = running[chunks.first[1:]] - running[chunks.first[:-1]]
     return totals
@@ -183,9 +188,9 @@ def _file_batches(source: Catalogue, design: Design) -> tuple[Batch, ...]:
     return batches_by_file(
         tensor_of_row,
         design.chunks.file.astype(np.int64),
+        design.chunks.start,
         design.chunks.length,
         scale[tensor_of_row],
-        len(design.files),
     )
 
 

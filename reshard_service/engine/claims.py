@@ -1,0 +1,67 @@
+"""Who may write a staging folder: numbered claims that are created once, the highest number holds (decision 20)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+
+from reshard_service.errors import TargetBusy
+
+
+class Claims:
+    """Claims in one folder. A claim of a process that runs on this host is respected; any other is taken over."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.epoch = 0
+
+    def take(self, what: str) -> None:
+        """Hold the next epoch, or :class:`TargetBusy` while another process of this host is at work."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            holder = self._highest()
+            if holder and (other := self._living(holder)) is not None:
+                raise TargetBusy(
+                    f"process {other} on this host is already writing {what}",
+                    hint="wait for it; if you stop it, the next run goes on where it was",
+                )
+            with contextlib.suppress(FileExistsError):
+                descriptor = os.open(self._folder / str(holder + 1), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                with os.fdopen(descriptor, "w") as claim:
+                    json.dump(
+                        {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}, claim
+                    )
+                self.epoch = holder + 1
+                return
+
+    def check(self) -> None:
+        """Raise :class:`TargetBusy` if a newer attempt has taken over: this one must write nothing more."""
+        if self._highest() != self.epoch:
+            raise TargetBusy("a newer attempt took over this target; this one stops", hint="follow the newer attempt")
+
+    def _highest(self) -> int:
+        try:
+            return max((int(claim.name) for claim in self._folder.iterdir() if claim.name.isdigit()), default=0)
+        except FileNotFoundError:
+            return -1
+
+    def _living(self, epoch: int) -> int | None:
+        try:
+            claim = json.loads((self._folder / str(epoch)).read_text())
+            pid, started = int(claim["pid"]), claim["started"]
+            if claim["host"] != socket.gethostname() or pid == os.getpid():
+                return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return pid if started is not None and _started(pid) == started else None
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, as the kernel counts (field 22 of its ``stat``); None if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
