@@ -155,7 +155,7 @@ TO_RESUME = ("fsdp3", "fsdp4-ep2", "tp4")
 
 @pytest.fixture(scope="module")
 def distributed(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """transformers' own distributed folders, converted to folders of other layouts, loaded by torch and transformers."""
+    """transformers' own distributed folders, converted to other layouts, loaded by torch and by transformers."""
     folder = tmp_path_factory.mktemp("distributed")
     source, truth = Run("moe", "fsdp2-tp2"), checkpoints.truth(Run("moe", "fsdp2-tp2"))
     initial = checkpoints.initial("moe")

@@ -1,4 +1,4 @@
-"""Trained checkpoints converted to another layout, judged by torch: its loader, its training, its own full-state route."""
+"""Trained checkpoints converted to another layout, judged by torch: its loader, its training, its full-state route."""
 
 from __future__ import annotations
 
