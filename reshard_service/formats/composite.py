@@ -87,8 +87,7 @@ def open_composite(
         opened.append(("", own(storage, options)))
     elif own is not None:
         notices.append(Notice("files_ignored", f"weights beside {models[0]}/ are not read", models[0]))
-    for name in parts:
-        opened.append((f"{name}/", open_dcp(storage.child(name), options)))
+    opened += ((f"{name}/", open_dcp(storage.child(name), options)) for name in parts)
     notices += training_state_notices(entries)
     return merge(storage, opened, notices=notices, side_files=side_file_names(storage))
 

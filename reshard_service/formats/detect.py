@@ -15,7 +15,7 @@ from reshard_service.errors import (
     UsageError,
 )
 from reshard_service.formats import composite, run_folders
-from reshard_service.formats.strict_json import read_json_object
+from reshard_service.manifest import MANIFEST_NAME
 from reshard_service.storage.base import DirEntry, Storage
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 Opener = Callable[[Storage, "OpenOptions"], Catalogue]
 
-MANIFEST_NAME = "reshard.manifest.json"
 LAYOUT_NAME = "reshard.layout.json"
 
 _PER_RANK_METADATA = re.compile(r"__\d+\.metadata\Z")
 _DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors\Z")
 _RANK_FILE = re.compile(r"model-rank-\d+-part-\d+\.safetensors\Z")
 _TORCH_WEIGHTS = re.compile(r"(?P<stem>.+)\.(bin|pt|pth)\Z")
+_MANIFEST_FORMAT = re.compile(rb'\s*\{\s*"version"\s*:\s*\d+\s*,\s*"format"\s*:\s*"([a-z-]{1,40})"')
+_MANIFEST_HEAD_BYTES = 4096
 _STAGING = re.compile(r"\..+\.reshard-[0-9a-f]{6,}\Z")
 
 
@@ -127,13 +128,16 @@ def _recognise(storage: Storage, entries: Sequence[DirEntry]) -> str | None:
 
 
 def _format_of_manifest(storage: Storage) -> str:
-    document, _ = read_json_object(storage, MANIFEST_NAME, what="manifest")
-    name = document.get("format")
-    if not isinstance(name, str) or name not in READERS:
-        if name == "peft":
-            return "safetensors"
+    """The format that a manifest names, from its first bytes: the digests behind them can be many."""
+    status = storage.stat(MANIFEST_NAME)
+    head = storage.read_bytes(MANIFEST_NAME, 0, min(status.bytes, _MANIFEST_HEAD_BYTES)) if status else b""
+    match = _MANIFEST_FORMAT.match(head)
+    name = match[1].decode("ascii") if match else None
+    if name == "peft":
+        return "safetensors"
+    if name is None or name not in READERS:
         raise SourceCorrupt(
-            f"{MANIFEST_NAME} names the format {str(name)[:40]!r}; known: {', '.join(READERS)}",
+            f"{MANIFEST_NAME} names {f'the format {name!r}' if name else 'no format'}; known: {', '.join(READERS)}",
             file=MANIFEST_NAME,
             hint="say --from FORMAT to read the folder without its manifest",
         )

@@ -28,7 +28,7 @@ def open_safetensors(storage: Storage, options: OpenOptions) -> Catalogue:
     """
     status = storage.stat("")
     if status is not None and not status.is_dir:
-        return _catalogue(storage, [""], read_headers(storage, [""]), [])
+        return _catalogue(storage, options, [""], read_headers(storage, [""]), [])
     entries = [entry for entry in storage.list_dir() if not entry.is_dir]
     indices = [entry.name for entry in entries if entry.name.endswith(INDEX_SUFFIX)]
     files = [entry.name for entry in entries if entry.name.endswith(".safetensors")]
@@ -37,7 +37,7 @@ def open_safetensors(storage: Storage, options: OpenOptions) -> Catalogue:
     if not files:
         raise NotACheckpoint(f"no safetensors file lies in {storage.uri!r}")
     chosen, notices = _without_index(storage, files)
-    return _catalogue(storage, chosen, read_headers(storage, chosen), notices)
+    return _catalogue(storage, options, chosen, read_headers(storage, chosen), notices)
 
 
 def _indexed(storage: Storage, options: OpenOptions, indices: Sequence[str], files: Sequence[str]) -> Catalogue:
@@ -60,7 +60,7 @@ def _indexed(storage: Storage, options: OpenOptions, indices: Sequence[str], fil
     if index.total_size is not None and index.total_size != taken:
         reason = f"{index.path} says total_size {index.total_size}, the tensors have {taken} bytes"
         notices.append(Notice("total_size_wrong", reason, at=index.path))
-    return _catalogue(storage, index.files, headers, notices, skipped=skipped, metadata=metadata)
+    return _catalogue(storage, options, index.files, headers, notices, skipped=skipped, metadata=metadata)
 
 
 def _skipped_bytes(headers: Sequence[Header], skipped: Sequence[frozenset[str]]) -> int:
@@ -141,6 +141,7 @@ def _incomplete(storage: Storage, stem: str, count: int, found: int) -> Checkpoi
 
 def _catalogue(
     storage: Storage,
+    options: OpenOptions,
     paths: Sequence[str],
     headers: Sequence[Header],
     notices: Sequence[Notice],
@@ -166,7 +167,7 @@ def _catalogue(
                 )
             owner[name] = file
             rows.append((file, at))
-    found = identities((headers[file].names[at] for file, at in rows), owner)
+    found = identities([headers[file].names[at] for file, at in rows], options.key_prefix)
     tensors = tuple(
         Tensor(headers[file].names[at], identity, headers[file].dtypes[at], headers[file].shapes[at], path)
         for (file, at), (identity, path) in zip(rows, found, strict=True)
@@ -187,7 +188,7 @@ def _catalogue(
         tensors=tensors,
         chunks=chunks,
         files=file_entries(paths, headers),
-        producer=_producer(headers),
+        producer=options.producer or _producer(headers),
         metadata_digest=metadata.digest(),
         metadata_bytes=metadata.total_bytes,
         side_files=side_file_names(storage),

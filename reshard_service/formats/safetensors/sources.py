@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import xxhash
 from reshard_service.catalogue import FileEntry, Identity, Path, Section
 from reshard_service.errors import UnsafeSource
 from reshard_service.formats.safetensors.header import LENGTH_BYTES, MAX_TENSORS, Header, read_header
+from reshard_service.identity import known_fqns, split_at_known
 from reshard_service.storage.base import Storage
 
 REMOTE_READS = 16
@@ -60,29 +62,33 @@ class MetadataSum:
         return xxhash.xxh3_128_hexdigest("\n".join(self._parts).encode("utf-8", "surrogateescape"))
 
 
-def identities(names: Iterable[str], known: Container[str]) -> list[tuple[Identity, Path]]:
-    """What each bare name of the family stands for (decision 2): ``optimizer.state.<fqn>.<slot>``, else the model's.
+def identities(names: Collection[str], key_prefix: str | None = None) -> list[tuple[Identity, Path]]:
+    """What each name of the family stands for, and its path in a nested state dict (decision 2).
 
-    ``known`` are the model's FQNs, which tell where an optimizer key's FQN ends; without them the slot is the last
-    component.
+    Names are bare FQNs of the model, but ``optimizer.state.<fqn>.<slot>`` is the optimizer's: cut where the longest
+    known FQN ends, failing that at the last dot. Where the user gives a ``key_prefix``, the model lies under it.
     """
-    found: list[tuple[Identity, Path]] = []
-    for name in names:
-        if name.startswith(OPTIMIZER_PREFIX):
-            fqn, slot = split_slot(name[len(OPTIMIZER_PREFIX) :], known)
-            if slot:
-                found.append((Identity(Section.OPTIMIZER, fqn, slot), ("optimizer", "state", fqn, slot)))
-                continue
-        found.append((Identity(Section.MODEL, name), (name,)))
-    return found
+    known: AbstractSet[str] = frozenset()
+    if key_prefix or any(name.startswith(OPTIMIZER_PREFIX) for name in names):
+        known = known_fqns(_path(name, key_prefix) for name in names)
+    return [_identity(name, known, key_prefix) for name in names]
 
 
-def split_slot(text: str, known: Container[str]) -> tuple[str, str]:
-    """``<fqn>.<slot>`` cut where the longest known FQN ends, else at the last dot."""
-    end = text.rfind(".")
-    last = end
-    while end > 0:
-        if text[:end] in known:
-            return text[:end], text[end + 1 :]
-        end = text.rfind(".", 0, end)
-    return (text[:last], text[last + 1 :]) if last > 0 else (text, "")
+def _path(name: str, key_prefix: str | None) -> Path:
+    if key_prefix and name.startswith(f"{key_prefix}."):
+        return (name[len(key_prefix) + 1 :],)
+    if name.startswith(OPTIMIZER_PREFIX):
+        return ("optimizer", name[len("optimizer.") :])
+    return ("model", name)
+
+
+def _identity(name: str, known: AbstractSet[str], key_prefix: str | None) -> tuple[Identity, Path]:
+    if key_prefix and name.startswith(f"{key_prefix}."):
+        fqn = name[len(key_prefix) + 1 :]
+        return Identity(Section.MODEL, fqn), (key_prefix, fqn)
+    if name.startswith(OPTIMIZER_PREFIX):
+        rest = name[len(OPTIMIZER_PREFIX) :]
+        fqn, slot = split_at_known(rest, known) or (rest.rpartition(".")[0], rest.rpartition(".")[2])
+        if fqn and slot:
+            return Identity(Section.OPTIMIZER, fqn, slot), ("optimizer", "state", fqn, slot)
+    return Identity(Section.MODEL, name), (name,)
