@@ -245,7 +245,8 @@ SAFETENSORS: dict[str, bytes] = {
     "an unknown dtype": _with_second(dtype="F7"),
     "duplicate keys": _safetensors(
         '{"first":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
-        '"first":{"dtype":"I64","shape":[2],"data_offsets":[16,32]}}'
+        '"second":{"dtype":"F32","shape":[2,2],"data_offsets":[16,32]},'
+        '"second":{"dtype":"I64","shape":[2],"data_offsets":[16,32]}}'
     ),
     "a name that is not UTF-8": _safetensors(json.dumps(_GOOD).encode().replace(b"second", b"seco\xff\xfe")),
     "no JSON": _safetensors(b"{" + b"x" * 50),
