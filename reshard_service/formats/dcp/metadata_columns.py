@@ -184,11 +184,15 @@ class Columns:
         self.version: str | None = None
         self.other_fields: list[str] = []
 
-    def dump(self, out: BinaryIO) -> None:
-        """One line of JSON, then the columns one after the other."""
+    def header(self) -> dict[str, Any]:
+        """Everything but the columns themselves."""
         header = {name: value for name, value in vars(self).items() if name != "columns"}
         header["lengths"] = {name: len(column) for name, column in self.columns.items()}
-        out.write(json.dumps(header).encode() + b"\n")
+        return header
+
+    def dump(self, out: BinaryIO) -> None:
+        """One line of JSON, then the columns one after the other."""
+        out.write(json.dumps(self.header()).encode() + b"\n")
         for column in self.columns.values():
             out.write(memoryview(column))
 
@@ -337,4 +341,3 @@ def _limit(memory_bytes: int, cpu_seconds: int) -> None:
         hard = resource.getrlimit(kind)[1]
         lowest = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (lowest, lowest))
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping
-from typing import Any, Never
+from typing import Any
 
 from reshard_service.errors import ReshardError, SourceCorrupt, UnsafeSource
 from reshard_service.formats.pickles.scan import DEFAULT_LIMITS, PickleLimits, scan
@@ -64,7 +64,7 @@ class _Unpickler(pickle.Unpickler):
         try:
             return self._allowed[f"{module}.{name}"]
         except KeyError:
-            refuse_global(f"{module}.{name}", self._file)
+            raise forbidden_global(f"{module}.{name}", self._file) from None
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:
@@ -72,9 +72,9 @@ class _Unpickler(pickle.Unpickler):
         return self._persistent(pid)
 
 
-def refuse_global(dotted: str, file: str) -> Never:
-    """Raise the error for a global outside the allow-list."""
-    raise UnsafeSource(
+def forbidden_global(dotted: str, file: str) -> UnsafeSource:
+    """The error for a global outside the allow-list."""
+    return UnsafeSource(
         f"{file!r} wants to import {dotted!r}, which no checkpoint we know needs; nothing of it was run",
         file=file,
         hint="if you did not write this file, don't load it with torch either; if your framework needs that name, "

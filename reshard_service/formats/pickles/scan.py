@@ -43,7 +43,8 @@ _KEYS_COST = 1_000_000
 _ATOMS = {
     op[0]: size
     for op, size in (
-        (b"K", 1), (b"M", 2), (b"J", 4), (b"N", 0), (b"\x88", 0), (b"\x89", 0), (b"G", 8), (b"]", 0), (b"}", 0), (b")", 0),
+        (b"K", 1), (b"M", 2), (b"J", 4), (b"G", 8),
+        (b"N", 0), (b"\x88", 0), (b"\x89", 0), (b"]", 0), (b"}", 0), (b")", 0),
     )
 }  # fmt: skip
 # Size of the length field of the opcodes that push one atom of that many bytes.
