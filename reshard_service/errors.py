@@ -52,6 +52,12 @@ class DocumentInvalid(UsageError):
     code = "document_invalid"
 
 
+class UriRefused(UsageError):
+    """A URI has a form we don't accept, or points where the policy in force does not allow."""
+
+    code = "uri_refused"
+
+
 class LayoutRulesMissing(UsageError):
     """A layout splits along tp, ep or pp but nothing says which tensors are split how."""
 
@@ -203,6 +209,13 @@ class StorageFailed(TargetError):
 
     code = "storage_failed"
     retryable = True
+
+
+class StorageDenied(StorageFailed):
+    """The store refused access: wrong, missing or expired credentials, or no permission."""
+
+    code = "storage_denied"
+    retryable = False
 
 
 class EnvironmentUnfit(TargetError):

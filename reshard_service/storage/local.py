@@ -57,7 +57,7 @@ class LocalReader:
         except OSError as error:
             raise StorageFailed(f"can't open {str(path)!r}: {error.strerror}", file=name) from None
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            os.close(self._descriptor)
+            self.close()
             raise UnsafeSource(f"{str(path)!r} is not a regular file", file=name)
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
