@@ -64,10 +64,9 @@ class Layout:
         """The mesh and placements that the rules and defaults give a tensor."""
         return self._rules.place(fqn, view)
 
-    def fault(self, fqn: str, shape: Shape, view: View = View.CHECKPOINT) -> Fault | None:
-        """What is wrong with placing a tensor of this shape; None if nothing, or if only a flat group can tell."""
-        found = self._split(self.place(fqn, view), tuple(shape)) if shape else ()
-        return found if isinstance(found, Fault) else None
+    def splits(self, fqn: str, shape: Shape, view: View = View.CHECKPOINT) -> tuple[DimSplits, ...] | Fault:
+        """How a tensor's dims are split, flat axes aside, or what is wrong with placing a tensor of this shape."""
+        return self._split(self.place(fqn, view), tuple(shape)) if shape else ()
 
     def holdings(
         self, fqn: str, shape: Shape, view: View = View.CHECKPOINT, parameter_shape: Shape | None = None
