@@ -6,6 +6,9 @@ import pytest
 
 from tests.oracles.checkpoints import Checkpoints, make_checkpoints
 from tests.oracles.sharing import once
+from tests.s3_server import s3_bucket, s3_server, s3_storage_uri
+
+__all__ = ["checkpoints", "s3_bucket", "s3_server", "s3_storage_uri", "worker"]
 
 
 @pytest.fixture(scope="session")

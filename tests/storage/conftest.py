@@ -1,12 +1,8 @@
-"""Fixtures of the storage tests."""
+"""Fixtures of the storage tests; those of the S3 server are shared, in ``tests/conftest.py``."""
 
 import uuid
 
 import pytest
-
-from tests.s3_server import s3_bucket, s3_server, s3_storage_uri
-
-__all__ = ["memory_uri", "s3_bucket", "s3_server", "s3_storage_uri"]
 
 
 @pytest.fixture

@@ -226,6 +226,7 @@ def _read_in_child(storage: Storage, answer: Any) -> None:
     answer.put(storage.read_bytes("f", 0, 3))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on, for any process with threads
 def test_a_store_used_before_a_fork_works_after_it(storage: Storage) -> None:
     write(storage, "f", b"abc")
     context = multiprocessing.get_context("fork")
