@@ -18,8 +18,8 @@ RANGE_BYTES = 8 << 20
 """One request reads at most this much: large enough for throughput, small enough to repeat (measured on S3)."""
 _RANGES_TOGETHER = 4
 _BYTES_IN_FLIGHT = 32 << 20
-"""For the whole process. A driver hands each range over as new bytes, which it first collects piece by piece: up to twice
-this comes on top of the callers' buffers."""
+"""For the whole process. A driver hands each range over as new bytes, which it first collects piece by piece: up to
+twice this comes on top of the callers' buffers."""
 
 
 class _ByteBudget:
