@@ -36,6 +36,8 @@ _SLOTS = frozenset(
     }
 )  # fmt: skip
 
+_EXTRA_KEYS = frozenset({"dataloader", "lr_scheduler", "scheduler", "train_state"})
+
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -140,6 +142,12 @@ def known_fqns(paths: Iterable[Path]) -> frozenset[str]:
     return frozenset(found)
 
 
+_PREFIXED_PRODUCERS = frozenset({"torch", "accelerate", "transformers"})
+_BARE_PRODUCERS = frozenset({"torchtitan", "safetensors"})
+RECOGNISED_PRODUCERS = tuple(sorted({"megatron", *_PREFIXED_PRODUCERS, *_BARE_PRODUCERS}))
+"""What ``--producer`` may say where keys have no paths."""
+
+
 def identify_key(
     key: str,
     known_fqns: Set[str] = frozenset(),
@@ -153,32 +161,29 @@ def identify_key(
     None where neither says: the caller asks the user. With ``key_prefix`` the model lies under ``<prefix>.`` (or at the
     top level if it is empty); keys outside it are judged by their first segment, as a path's would be.
     """
-    if key_prefix is not None:
-        prefix = key_prefix.rstrip(".") + "." if key_prefix else ""
-        if prefix and key.startswith(prefix):
-            return Identity(Section.MODEL, key.removeprefix(prefix))
-        return identify(_guessed_path(key), known_fqns, is_object=is_object or bool(prefix))
-    if producer == "megatron":
+    if producer == "megatron" and key_prefix is None:
         return _identify_megatron(key, is_object)
-    if producer in _PREFIXED_PRODUCERS or producer in _BARE_PRODUCERS:
-        return identify(_guessed_path(key, model=producer in _PREFIXED_PRODUCERS), known_fqns, is_object=is_object)
-    return None
+    path = guessed_path(key, producer=producer, key_prefix=key_prefix)
+    if path is None:
+        return None
+    return identify(path, known_fqns, is_object=is_object or (len(path) == 1 and bool(key_prefix)))
 
 
-_PREFIXED_PRODUCERS = frozenset({"torch", "accelerate", "transformers"})
-_BARE_PRODUCERS = frozenset({"torchtitan", "safetensors"})
-RECOGNISED_PRODUCERS = tuple(sorted({"megatron", *_PREFIXED_PRODUCERS, *_BARE_PRODUCERS}))
-"""What ``--producer`` may say where keys have no paths."""
-
-
-def _guessed_path(key: str, *, model: bool = False) -> Path:
-    """The path that the producer's habits imply, its flattened part left whole."""
+def guessed_path(key: str, *, producer: str | None = None, key_prefix: str | None = None) -> Path | None:
+    """The path that ``--key-prefix`` or a producer's habits imply, flattened parts left whole; None if nothing says."""
+    if key_prefix is not None:
+        prefix = key_prefix.rstrip(".") + "."
+        if key_prefix and key.startswith(prefix):
+            return ("model", key.removeprefix(prefix))
+        nested = _OPTIMIZER_KEYS
+    elif producer in _PREFIXED_PRODUCERS:
+        nested = _OPTIMIZER_KEYS | _MODEL_KEYS
+    elif producer in _BARE_PRODUCERS:
+        nested = _OPTIMIZER_KEYS
+    else:
+        return None
     first, dot, rest = key.partition(".")
-    if dot and (first in _OPTIMIZER_KEYS or (model and first in _MODEL_KEYS)):
-        return (first, rest)
-    if dot and first in ("lr_scheduler", "scheduler", "dataloader", "train_state"):
-        return (first, rest)
-    return (key,)
+    return (first, rest) if dot and (first in nested or first in _EXTRA_KEYS) else (key,)
 
 
 _MEGATRON_STATE = re.compile(r"optimizer\.state\.(?P<slot>fp32_param|exp_avg|exp_avg_sq)\.(?P<fqn>.+)\Z")

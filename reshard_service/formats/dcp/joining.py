@@ -89,10 +89,11 @@ class _Joining:
             self._absurd(int(self.rank_of.argmax()))
         self.extent = np.ones((len(shapes), self.dims), dtype=np.int64)
         self.extent[np.arange(self.dims) < self.rank_of[:, None]] = [n for shape in shapes for n in shape]
-        self.empty = (self.extent == 0).any(axis=1)
-        radix = np.maximum(self.extent, 1)
-        volume = radix.astype(np.float64).prod(axis=1)
-        absurd = np.flatnonzero((volume > _MOST_ELEMENTS) | (self.extent < 0).any(axis=1))
+        # An empty shard lies at the far edge, so positions along a dim run from 0 to its extent.
+        radix = np.maximum(self.extent, 0) + 1
+        absurd = np.flatnonzero(
+            (radix.astype(np.float64).prod(axis=1) > _MOST_ELEMENTS) | (self.extent < 0).any(axis=1)
+        )
         if len(absurd):
             self._absurd(int(absurd[0]))
         self.strides = np.ones_like(radix)
@@ -185,17 +186,10 @@ class _Joining:
         return np.concatenate(tensor), np.concatenate(offsets), joined, objects
 
     def _ordered(self, tensor: Int64s, offsets: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-        """Rows in the order of (tensor, position of the offset), with both; rows that can hold nothing left out.
-
-        Those are at an offset on the far edge; all ranks' empty shards lie there. An empty tensor keeps one row.
-        """
-        edge = (offsets >= np.maximum(self.extent, 1)[tensor]).any(axis=1) & ~self.empty[tensor]
-        rows = np.flatnonzero(~edge)
-        tensor, offsets = tensor[rows], offsets[rows]
+        """Row numbers in the order of (tensor, position of the offset), with both."""
         position: Int64s = (offsets * self.strides[tensor]).sum(axis=1)
-        position[self.empty[tensor]] = 0
         order = np.lexsort((position, tensor))
-        return rows[order], tensor[order], position[order]
+        return order, tensor[order], position[order]
 
     def result(self) -> DcpMetadata:
         chunk_tensor, chunk_offsets, chunk_sizes = self._chunks()
@@ -210,9 +204,8 @@ class _Joining:
         place_rows, tied_tensor, tied_position = self._ordered(place_tensor, place_offsets)
         new = _first_of_each(tied_tensor, tied_position)
         if not new.all():
-            again = np.flatnonzero(~new & ~self.empty[tied_tensor])
-            if len(again) and len(self.parts) == 1:
-                t = int(tied_tensor[again[0]])
+            if len(self.parts) == 1:
+                t = int(tied_tensor[np.flatnonzero(~new)[0]])
                 raise CoverageError(
                     f"tensor {self.keys[t]!r}: two items claim to hold the same chunk", tensor=self.keys[t],
                     file=self._file(),
@@ -253,7 +246,6 @@ class _Joining:
         self, rows: Int64s, new: np.ndarray[Any, Any], tensor: Int64s, offsets: Int64s, sizes: Int64s
     ) -> None:
         again = np.flatnonzero(~new)
-        again = again[~self.empty[tensor[again]]]
         differing = (sizes[rows[again]] != sizes[rows[again - 1]]).any(axis=1)
         if differing.any():
             t = int(tensor[again[np.flatnonzero(differing)[0]]])
@@ -271,7 +263,7 @@ class _Joining:
         found = (int(tied[at]), int(tied_position[at])) if at < len(tied) else (len(self.keys), 0)
         t, where = min(wanted, found)
         shape = self.shapes[t]
-        offset = [where // int(self.strides[t, d]) % max(shape[d], 1) for d in range(len(shape))]
+        offset = [where // int(self.strides[t, d]) % (shape[d] + 1) for d in range(len(shape))]
         if wanted < found:
             key = self.keys[t]
             raise CheckpointIncomplete(
