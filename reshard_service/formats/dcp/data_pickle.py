@@ -11,19 +11,24 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from functools import lru_cache
+from typing import ClassVar, NoReturn
 
 from reshard_service.dtypes import by_torch_name
 from reshard_service.errors import SourceCorrupt, UnsafeSource, UnsupportedSource
+from reshard_service.formats.pickles.standins import Opaque
 
 _PARAMETER_CALLS = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
 _V2 = "torch._utils._rebuild_tensor_v2"
 _V3 = "torch._utils._rebuild_tensor_v3"
 _V1 = "torch._utils._rebuild_tensor"
-_FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
+FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 _PLAIN_CLASSES = frozenset(
     {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 )
+
+TENSOR_CALLS = frozenset({_V1, _V2, _V3, FROM_TYPE}) | _PARAMETER_CALLS
+"""What torch's reducers of a plain tensor or parameter call."""
 
 TYPED_STORAGES = {
     "DoubleStorage": "float64",
@@ -67,23 +72,27 @@ class StoredArray:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """A global that the pickle names."""
+class Named(Opaque):
+    """Stands for one global: the class itself where the pickle only names it, an instance where it calls it."""
 
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A call that the pickle asks for and that nobody makes."""
-
-    name: str
+    __slots__ = ()
+    dotted: ClassVar[str] = ""
     args: tuple[object, ...]
 
 
+@lru_cache(maxsize=4096)
+def named(dotted: str) -> type[Named]:
+    """The stand-in for the global ``dotted``."""
+    return type("Named", (Named,), {"__slots__": (), "dotted": dotted})
+
+
+def name_of(value: object) -> str | None:
+    """The global that a value of the pickle names without calling it."""
+    return value.dotted if isinstance(value, type) and issubclass(value, Named) else None
+
+
 @dataclass(frozen=True, slots=True)
-class _Persistent:
+class Persistent:
     """A persistent id: torch's reference to a storage."""
 
     value: object
@@ -100,35 +109,37 @@ def read_array_pickle(data: bytes, at: int = 0) -> tuple[StoredArray, int]:
         value = reader.run()
     except (IndexError, struct.error, UnicodeDecodeError, TypeError):
         raise SourceCorrupt("data.pkl is cut short or not a pickle of one tensor") from None
-    return _array(value), reader.at
+    return described_array(value), reader.at
 
 
-def _array(value: object) -> StoredArray:
-    while isinstance(value, _Call):
-        if value.name in _PARAMETER_CALLS and value.args:
+def described_array(value: object) -> StoredArray:
+    """The tensor that a value of a loaded pickle describes; raises what :func:`read_array_pickle` does."""
+    while isinstance(value, Named):
+        if value.dotted in _PARAMETER_CALLS and value.args:
             value = value.args[0]
-        elif value.name == _FROM_TYPE and len(value.args) == 4:
+        elif value.dotted == FROM_TYPE and len(value.args) == 4:
             function, kind, args, _ = value.args
-            if not (isinstance(kind, _Name) and kind.name in _PLAIN_CLASSES):
+            if name_of(kind) not in _PLAIN_CLASSES:
                 _unsupported("is a tensor subclass")
-            if not isinstance(function, _Name) or not isinstance(args, tuple):
+            if name_of(function) is None or not isinstance(args, tuple):
                 _malformed()
-            value = _Call(function.name, args)
+            return _rebuilt(name_of(function), args)
         else:
-            return _rebuilt(value)
+            return _rebuilt(value.dotted, value.args)
     raise SourceCorrupt("data.pkl does not hold a tensor")
 
 
-def _rebuilt(call: _Call) -> StoredArray:
-    args = call.args
-    if call.name == _V2 and 6 <= len(args) <= 7:
+def _rebuilt(function: str | None, args: tuple[object, ...]) -> StoredArray:
+    if function == _V2 and 6 <= len(args) <= 7:
         metadata = args[6] if len(args) == 7 else None
         dtype: object = None
-    elif call.name == _V3 and 7 <= len(args) <= 8:
+    elif function == _V3 and 7 <= len(args) <= 8:
         metadata = args[7] if len(args) == 8 else None
         dtype = args[6]
-    elif call.name == _V1 and len(args) == 4:
+    elif function == _V1 and len(args) == 4:
         metadata = dtype = None
+    elif why := _WHY_UNSUPPORTED.get(function or ""):
+        _unsupported(why)
     else:
         _malformed()
     if metadata:
@@ -142,20 +153,21 @@ def _rebuilt(call: _Call) -> StoredArray:
         _malformed()
     kind, key, count = _storage(storage)
     if kind == "torch.storage.UntypedStorage":
-        if not isinstance(dtype, _Name) or not dtype.name.startswith("torch."):
+        dtype_name = name_of(dtype)
+        if dtype_name is None or not dtype_name.startswith("torch."):
             _malformed()
-        return StoredArray(dtype.name[len("torch.") :], key, count, sizes, strides, offset)
+        return StoredArray(dtype_name[len("torch.") :], key, count, sizes, strides, offset)
     typed = TYPED_STORAGES.get(kind.removeprefix("torch."))
     if typed is None:
         _unsupported(f"lies in a {kind}")
-    if dtype is not None and not (isinstance(dtype, _Name) and dtype.name == f"torch.{typed}"):
+    if dtype is not None and name_of(dtype) != f"torch.{typed}":
         _malformed()
     return StoredArray(typed, key, count * by_torch_name(typed).itemsize, sizes, strides, offset)
 
 
 def _storage(value: object) -> tuple[str, str, int]:
     """Class name, key and length of ``("storage", class, key, location, length[, view])``."""
-    parts = value.value if isinstance(value, _Persistent) else None
+    parts = value.value if isinstance(value, Persistent) else None
     if (
         not isinstance(parts, tuple)
         or not 5 <= len(parts) <= 6
@@ -163,12 +175,12 @@ def _storage(value: object) -> tuple[str, str, int]:
         or parts[5:] not in ((), (None,))
     ):
         _malformed()
-    kind, key, location, count = parts[1:5]
-    if not isinstance(kind, _Name) or not isinstance(key, str) or type(count) is not int or count < 0:
+    kind, key, location, count = name_of(parts[1]), *parts[2:5]
+    if kind is None or not isinstance(key, str) or type(count) is not int or count < 0:
         _malformed()
     if location == "meta":
         _unsupported("is a meta tensor: it has no bytes")
-    return kind.name, key, count
+    return kind, key, count
 
 
 def _counts(value: object) -> bool:
@@ -260,7 +272,7 @@ class _Reader:
     def push_name(self, name: str) -> None:
         if why := _WHY_UNSUPPORTED.get(name):
             _unsupported(why)
-        self.stack.append(_Name(name))
+        self.stack.append(named(name))
 
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
@@ -270,17 +282,18 @@ class _Reader:
 
     def reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, _Name) or not isinstance(args, tuple):
+        if not isinstance(function, type) or not issubclass(function, Named) or not isinstance(args, tuple):
             _malformed()
-        if function.name == "collections.OrderedDict":
+        name = function.dotted
+        if name == "collections.OrderedDict":
             self.stack.append({})
-        elif function.name in (_V1, _V2, _V3, _FROM_TYPE) or function.name in _PARAMETER_CALLS:
-            self.stack.append(_Call(function.name, args))
-        elif function.name.startswith("torch"):
-            _unsupported(f"is made by {function.name}")
+        elif name in TENSOR_CALLS:
+            self.stack.append(function(*args))
+        elif name.startswith("torch"):
+            _unsupported(f"is made by {name}")
         else:
             raise UnsafeSource(
-                f"data.pkl wants to call {function.name!r}, which no stored tensor needs; nothing of it was run",
+                f"data.pkl wants to call {name!r}, which no stored tensor needs; nothing of it was run",
                 hint="don't trust this file",
             )
 
@@ -333,6 +346,6 @@ _OPCODES: dict[int, Callable[[_Reader], object]] = {
     0x94: lambda r: r.put(len(r.memo)),
     ord("h"): lambda r: r.get(r.unsigned(1)),
     ord("j"): lambda r: r.get(r.unsigned(4)),
-    ord("Q"): lambda r: r.stack.append(_Persistent(r.stack.pop())),
+    ord("Q"): lambda r: r.stack.append(Persistent(r.stack.pop())),
     ord("R"): _Reader.reduce,
 }
