@@ -19,6 +19,7 @@ from reshard_service.formats.target import Design, Literal, ObjectCopy
 from reshard_service.manifest import MANIFEST_NAME, SegmentRow, manifest_path
 from reshard_service.planning.plan import array_lengths
 from reshard_service.storage.base import Storage
+from reshard_service.storage.local import LocalStorage
 
 _BLOCK = 1 << 20
 Finished = dict[int, list[SegmentRow]]
@@ -44,6 +45,9 @@ class Target(Protocol):
 
     def finished(self) -> Finished:
         """Files complete so far, and their digests."""
+
+    def written(self) -> Storage:
+        """The finished files, for reading them again before they become visible."""
 
     def write_small(self, path: str, data: bytes) -> None: ...
 
@@ -156,6 +160,9 @@ class LocalTarget:
     def finished(self) -> Finished:
         return self._finished
 
+    def written(self) -> Storage:
+        return LocalStorage(self._staging.folder)
+
     def write_small(self, path: str, data: bytes) -> None:
         self._staging.write_small(path, data)
 
@@ -241,6 +248,9 @@ class ObjectTarget:
 
     def finished(self) -> Finished:
         return self._finished
+
+    def written(self) -> Storage:
+        return self.storage
 
     def write_small(self, path: str, data: bytes) -> None:
         stream = self.storage.create(path)

@@ -1,0 +1,73 @@
+"""Puts the commands together and turns every error into an exit code and a message (decision 22)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+import typer
+
+from reshard_service.cli.commands_convert import convert_command, plan_command
+from reshard_service.cli.commands_layout import layout_app
+from reshard_service.cli.commands_look import diff_command, doctor_command, inspect_command, verify_command
+from reshard_service.cli.output import print_error
+from reshard_service.errors import Cancelled, ReshardError
+
+app = typer.Typer(
+    name="reshard",
+    help="Convert and reshard checkpoints exactly: streaming, without the training code, in constant memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.command("inspect")(inspect_command)
+app.command("plan")(plan_command)
+app.command("convert")(convert_command)
+app.command("diff")(diff_command)
+app.command("verify")(verify_command)
+app.command("doctor")(doctor_command)
+app.add_typer(layout_app, name="layout")
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    wants_json = "--json" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except ReshardError as error:
+        print_error(error, wants_json)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print_error(Cancelled("stopped; nothing became visible at the target"), wants_json)
+        sys.exit(Cancelled.exit_code)
+    except Exception as error:
+        sys.exit(_unexpected(error, wants_json))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unexpected(error: Exception, wants_json: bool) -> int:
+    """Usage errors of the option parser keep their own words; anything else is a fault of ours."""
+    show = getattr(error, "show", None)
+    if callable(show):
+        show(file=sys.stderr)
+        return int(getattr(error, "exit_code", 2))
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if os.environ.get("RESHARD_DEBUG"):
+        raise error
+    fault = ReshardError(
+        f"unexpected {type(error).__name__}: {error}",
+        hint="this is a fault of the tool; RESHARD_DEBUG=1 shows where, please report it",
+    )
+    print_error(fault, wants_json)
+    return fault.exit_code

@@ -1,0 +1,89 @@
+"""What to do where something lies at the target already (decision 19)."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from reshard_service.conversion.prepare import Prepared
+from reshard_service.errors import ReshardError, TargetExists
+from reshard_service.formats.detect import open_checkpoint
+from reshard_service.formats.options import OpenOptions
+from reshard_service.manifest import Manifest, manifest_path, parse_manifest
+from reshard_service.storage.uri import open_storage
+
+_CLAIM = ".reshard-claim"
+
+
+class Decision(Enum):
+    """What the conversion does."""
+
+    WRITE = "write"
+    REPLACE = "replace"
+    SAME = "same"
+
+
+def decide(prepared: Prepared) -> Decision:
+    """Write, replace, or leave what is there because it is this very result; else :class:`TargetExists`."""
+    choice = prepared.document.overwrite
+    if not _occupied(prepared):
+        return Decision.WRITE
+    if choice == "never":
+        raise TargetExists(
+            f"something lies at {prepared.place.uri!r} already",
+            hint="name another target, or say --overwrite same (free if it is this very result) or always",
+        )
+    if choice == "same":
+        _require_same(prepared)
+        return Decision.SAME
+    _require_checkpoint(prepared)
+    return Decision.REPLACE
+
+
+def _occupied(prepared: Prepared) -> bool:
+    place = prepared.place
+    if place.single_file is not None:
+        return place.storage.stat(place.single_file) is not None
+    status = place.storage.stat("")
+    if status is not None and not status.is_dir:
+        return True
+    return any(not entry.name.startswith(_CLAIM) for entry in place.storage.list_dir())
+
+
+def existing_manifest(prepared: Prepared) -> Manifest | None:
+    """The manifest at the target; None if there is none, or none of ours."""
+    place = prepared.place
+    path = manifest_path(place.single_file is not None, place.single_file or "")
+    if place.storage.stat(path) is None:
+        return None
+    return parse_manifest(place.storage.read_bytes(path), named=path)
+
+
+def _require_same(prepared: Prepared) -> None:
+    place = prepared.place
+    manifest = existing_manifest(prepared)
+    if manifest is None or manifest.plan != prepared.plan.digest:
+        raise TargetExists(
+            f"what lies at {place.uri!r} is not the result of this conversion: source, layout or options differ",
+            hint="name another target, or say --overwrite always to replace it",
+        )
+    for file in manifest.files:
+        status = place.storage.stat(file.path)
+        if status is None or status.bytes != file.bytes:
+            raise TargetExists(
+                f"the result at {place.uri!r} is damaged: {file.path!r} "
+                + ("is missing" if status is None else f"has {status.bytes} bytes instead of {file.bytes}"),
+                file=file.path,
+                hint="say --overwrite always to write it again",
+            )
+
+
+def _require_checkpoint(prepared: Prepared) -> None:
+    """``always`` replaces checkpoints only, so that a mistyped path never deletes anything else."""
+    try:
+        open_checkpoint(open_storage(prepared.place.uri), OpenOptions())
+    except ReshardError as error:
+        if existing_manifest(prepared) is None:
+            raise TargetExists(
+                f"{prepared.place.uri!r} is not recognised as a checkpoint, so it is not replaced ({error.code})",
+                hint="remove it yourself if it may go",
+            ) from None
