@@ -138,7 +138,7 @@ def _llama_like(section: Mapping[str, Any], name: str, hidden: int) -> tuple[int
     key_heads = _size(section, "num_key_value_heads") or heads
     head = _size(section, "head_dim") or (hidden // heads if heads else 0)
     inner = _size(section, "intermediate_size")
-    experts = _size(section, "num_experts")
+    experts = _size(section, "num_experts") or _size(section, "num_local_experts")
     expert_inner = _size(section, "moe_intermediate_size")
     match = _LAYER.match(name)
     known: dict[str, tuple[int, ...]] = {
