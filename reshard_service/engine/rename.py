@@ -1,14 +1,14 @@
-"""Renames that never replace anything, and folders made durable."""
+"""Renames that never replace anything, and that last."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
 from pathlib import Path
 
 from reshard_service.errors import TargetExists
+from reshard_service.storage.local import sync_folder
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD = -100
@@ -48,13 +48,3 @@ def _exists(target: Path) -> TargetExists:
         f"{str(target)!r} appeared while the conversion ran; it was not touched",
         hint="choose another target, or --overwrite always",
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable, where the file system supports that."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -14,11 +14,11 @@ import shutil
 from pathlib import Path
 
 from reshard_service.engine.claims import Claims
-from reshard_service.engine.rename import rename_no_replace, sync_folder
+from reshard_service.engine.rename import rename_no_replace
 from reshard_service.errors import TargetReadOnly
 from reshard_service.formats.target import OutputFile
 from reshard_service.manifest import MANIFEST_NAME, SegmentRow
-from reshard_service.storage.local import target_error
+from reshard_service.storage.local import sync_folder, target_error
 
 _RECEIPTS = ".receipts"
 _CLAIMS = ".claims"

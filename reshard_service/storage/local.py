@@ -32,12 +32,15 @@ def target_error(error: OSError, what: str) -> ReshardError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in a folder last through a crash."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Make new names in a folder last through a crash, where the file system supports that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return  # a folder may be written to without being listed
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems know no fsync of folders.
+        # Some network and FUSE file systems know no fsync of folders. A failing disk is another matter.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
