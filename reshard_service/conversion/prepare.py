@@ -25,6 +25,7 @@ from reshard_service.formats.target import Design, Selection
 from reshard_service.formats.writers import WRITERS
 from reshard_service.layouts.layout import Layout, layout_from_document
 from reshard_service.layouts.shorthand import parse_layout
+from reshard_service.manifest import digest_bytes
 from reshard_service.planning.budget import Budget, default_budget
 from reshard_service.planning.plan import Plan, make_plan
 from reshard_service.planning.selection import DTYPES, Selected, SelectionRequest, select
@@ -110,6 +111,8 @@ def prepare_target(
     job: JobDocument, target: TargetDocument, source: Catalogue, policy: UriPolicy = CLI_POLICY
 ) -> Prepared:
     """Select, design and plan one target; problems of coverage are in ``plan.problems``."""
+    if target.names is not None:
+        raise UsageError("--names: mapping between hub and runtime names is not built yet; names are kept as they are")
     layout = _target_layout(target)
     place = open_place(target.uri, policy)
     _require_apart(place, source)
@@ -128,12 +131,15 @@ def prepare_target(
             data_ranks=None if layout is None else _data_ranks(layout),
         ),
     )
+    side_files = _side_files(target, source, policy)
+    if target.format == "safetensors":
+        selected = drop_tied_output(source, selected, dict(side_files).get("config.json"))
     if layout is not None:
         layout = _bound(layout, selected.selection)
     options = WriteOptions(max_shard_bytes=parse_size(target.max_shard_size), single_file=place.single_file)
     design = WRITERS[target.format](selected.selection, layout, options)
     budget = budget_for(job.options, remote=not (place.storage.is_local and source.storage.is_local))
-    side_files = _side_files(target, source, policy) if place.single_file is None else ()
+    side_files = () if place.single_file is not None else side_files
     plan = make_plan(
         source,
         design,
@@ -202,8 +208,6 @@ def _side_files(target: TargetDocument, source: Catalogue, policy: UriPolicy) ->
 
 def _options_key(target: TargetDocument, layout: Layout | None, side_files: tuple[tuple[str, bytes], ...]) -> str:
     """Whatever decides bytes of the target beyond source and design."""
-    from reshard_service.manifest import digest_bytes
-
     return json.dumps(
         {
             "dtype": target.dtype,

@@ -160,6 +160,20 @@ def _compare(
     return sorted(different, key=lambda notice: order.get(notice.name or "", 0))
 
 
+def compare_tensors(a: Catalogue, i: int, b: Catalogue, j: int) -> Notice | None:
+    """The first difference between one tensor of ``a`` and one of ``b``; None if they are the same bits."""
+    found = _header_difference(a.tensors[i], b.tensors[j]) or _coverage_fault(a, i, "a") or _coverage_fault(b, j, "b")
+    if found is not None:
+        return found
+    sources = Source(a), Source(b)
+    try:
+        different = _Comparer(*sources, lambda compared: None).run([(i, j)])
+    finally:
+        for source in sources:
+            source.close()
+    return different[0] if different else None
+
+
 def _header_difference(mine: Tensor, other: Tensor) -> Notice | None:
     if mine.dtype != other.dtype:
         return Notice("dtype", f"{mine.dtype} in A, {other.dtype} in B", mine.key)
