@@ -1,6 +1,7 @@
 """Convert and reshard model and optimizer checkpoints exactly: as data movement, without the training code.
 
-The public interface for Python; the command line ``reshard`` is built on the same functions. Nothing here imports torch.
+The public interface for Python; the command line ``reshard`` is built on the same functions. Nothing
+here imports torch.
 
 >>> import reshard_service as reshard
 >>> source = reshard.open_catalogue("checkpoints/step-1000")

@@ -129,9 +129,8 @@ def _say_catalogue(catalogue: Catalogue) -> None:
     say(f"  format    {catalogue.format}" + (f", written by {catalogue.producer}" if catalogue.producer else ""))
     if catalogue.world:
         say(f"  ranks     {catalogue.world}")
-    say(
-        f"  payload   {human_bytes(catalogue.payload_bytes)} in {len(catalogue.tensors)} tensors, {len(catalogue.chunks)} chunks"
-    )
+    counts = f"{len(catalogue.tensors)} tensors, {len(catalogue.chunks)} chunks"
+    say(f"  payload   {human_bytes(catalogue.payload_bytes)} in {counts}")
     say(f"  on disk   {human_bytes(catalogue.file_bytes)} in {len(catalogue.files)} files")
     groups: dict[tuple[str, str, str], list[int]] = {}
     for index, tensor in enumerate(catalogue.tensors):

@@ -35,6 +35,7 @@ def source_document(
     world: int | None,
     strict: bool,
     repair: bool = False,
+    wait_complete: bool = False,
 ) -> dict[str, Any]:
     """The source part of a job document, from options."""
     return {
@@ -47,6 +48,7 @@ def source_document(
         "world": world,
         "strict": strict,
         "repair": repair,
+        "wait_complete": wait_complete,
     }
 
 
@@ -85,6 +87,9 @@ def job_from_options(
     world: World = None,
     strict: Strict = False,
     repair: Annotated[bool, typer.Option("--repair", help="mend chunk geometry that torch recorded wrong")] = False,
+    wait_complete: Annotated[
+        bool, typer.Option("--wait-complete", help="wait while the source is still being written")
+    ] = False,
     state: Annotated[
         str, typer.Option(metavar="drop|refuse", help="per-rank training state in a new world")
     ] = "refuse",
@@ -132,6 +137,7 @@ def job_from_options(
         world=world,
         strict=strict,
         repair=repair,
+        wait_complete=wait_complete,
     )
     return job_document(
         {"source": source, "targets": [target], "options": {"workers": workers, "threads": threads}}, "options"

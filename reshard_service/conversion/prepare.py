@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard_service.catalogue import Catalogue, Notice, Section
+from reshard_service.conversion.tied import drop_tied_output
 from reshard_service.documents.job import (
     JobDocument,
     LayoutSpec,
@@ -17,7 +19,7 @@ from reshard_service.documents.job import (
 )
 from reshard_service.documents.layout import LayoutDocument
 from reshard_service.dtypes import by_name
-from reshard_service.errors import UsageError
+from reshard_service.errors import CheckpointIncomplete, UsageError
 from reshard_service.formats.detect import open_checkpoint
 from reshard_service.formats.options import OpenOptions, WriteOptions
 from reshard_service.formats.side_files import carried_side_files
@@ -34,6 +36,7 @@ from reshard_service.storage.uri import CLI_POLICY, UriPolicy, open_storage
 
 LAYOUT_FORMATS = ("dcp", "dcp-safetensors", "rank-safetensors")
 _REMOTE_THREADS = 8
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,17 @@ class Prepared:
 
 
 def open_source(document: SourceDocument, policy: UriPolicy = CLI_POLICY) -> Catalogue:
-    """The catalogue of a job's source."""
+    """The catalogue of a job's source; with ``wait_complete`` as soon as its writer is done."""
+    while True:
+        try:
+            return _open_source(document, policy)
+        except CheckpointIncomplete:
+            if not document.wait_complete:
+                raise
+        time.sleep(_POLL_SECONDS)
+
+
+def _open_source(document: SourceDocument, policy: UriPolicy) -> Catalogue:
     options = OpenOptions(
         format=document.format,
         producer=document.producer,

@@ -60,6 +60,7 @@ class SourceDocument(_Part):
     world: Annotated[int | None, Field(ge=1)] = None
     strict: bool = False
     repair: bool = False
+    wait_complete: Annotated[bool, Field(description="wait while the checkpoint is still being written")] = False
 
 
 class TargetDocument(_Part):
