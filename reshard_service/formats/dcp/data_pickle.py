@@ -192,7 +192,7 @@ def _malformed() -> NoReturn:
 
 
 def _unsupported(why: str) -> NoReturn:
-    raise UnsupportedSource(f"the stored tensor {why}", hint="save it as a plain dense tensor, or exclude it")
+    raise UnsupportedSource(f"the stored tensor {why}", hint="save it again as a plain dense tensor")
 
 
 _MARK = object()

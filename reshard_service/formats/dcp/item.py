@@ -245,10 +245,8 @@ def _payload(array: StoredArray, member: _Member, dtype: DType, sizes: tuple[int
             f"the stored item has shape {array.sizes}, the metadata says {sizes}",
             hint="torch 2.13 records wrong chunks for uneven FSDP x TP shards; try --repair with --source-layout",
         )
+    place = place_in_storage(array, dtype)
     storage_bytes = array.storage_bytes
-    reach = array.offset + sum((size - 1) * stride for size, stride in zip(sizes, array.strides, strict=True)) + 1
-    if prod(sizes) and reach * dtype.itemsize > storage_bytes:
-        raise SourceCorrupt(f"the stored array reaches beyond its storage of {storage_bytes} bytes", hint=_RESAVE)
     if member.start + storage_bytes > item_bytes:
         raise SourceCorrupt(
             f"a stored item of {item_bytes} bytes can't hold its storage of {storage_bytes} bytes", hint=_RESAVE
@@ -257,17 +255,20 @@ def _payload(array: StoredArray, member: _Member, dtype: DType, sizes: tuple[int
         raise SourceCorrupt(
             f"the zip member of a storage of {storage_bytes} bytes has {member.size} bytes", hint=_RESAVE
         )
-    payload = Payload(
-        start=member.start,
-        strides=None,
-        storage_offset_bytes=array.offset * dtype.itemsize,
-        storage_bytes=storage_bytes,
-        crc32=None if member.described or (member.crc == 0 and storage_bytes) else member.crc,
-    )
+    crc = None if member.described or (member.crc == 0 and storage_bytes) else member.crc
+    return replace(place, start=member.start, crc32=crc)
+
+
+def place_in_storage(array: StoredArray, dtype: DType) -> Payload:
+    """Where an array lies in its storage, as if that began at 0; :class:`SourceCorrupt` if it reaches out of it."""
+    sizes = array.sizes
+    reach = array.offset + sum((size - 1) * stride for size, stride in zip(sizes, array.strides, strict=True)) + 1
     if 0 in sizes:
-        return replace(payload, storage_offset_bytes=0)
+        return Payload(0, None, 0, array.storage_bytes, None)
+    if reach * dtype.itemsize > array.storage_bytes:
+        raise SourceCorrupt(f"the stored array reaches beyond its storage of {array.storage_bytes} bytes", hint=_RESAVE)
     strides = _strides_unless_contiguous(sizes, array.strides)
-    return payload if strides is None else replace(payload, strides=strides)
+    return Payload(0, strides, array.offset * dtype.itemsize, array.storage_bytes, None)
 
 
 def _strides_unless_contiguous(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:

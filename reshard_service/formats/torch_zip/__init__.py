@@ -1,0 +1,1 @@
+"""``torch.save``d state dicts (zip archives) as a source, read by byte ranges."""
