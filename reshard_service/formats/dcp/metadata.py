@@ -12,7 +12,8 @@ import xxhash
 
 from reshard_service.catalogue import Int32s, Int64s, Path
 from reshard_service.errors import CheckpointIncomplete, SourceCorrupt, UnsafeSource
-from reshard_service.formats.dcp.metadata_columns import Columns, ForbiddenGlobal, load_columns
+from reshard_service.formats.dcp.metadata_columns import Columns, load_columns
+from reshard_service.formats.dcp.metadata_standins import ForbiddenGlobal
 from reshard_service.formats.pickles.child import ChildLimits, receive_exactly, run_child
 from reshard_service.formats.pickles.load import forbidden_global
 from reshard_service.formats.pickles.scan import scan
@@ -154,11 +155,12 @@ def _windows(storage: Storage, name: str, nbytes: int, digest: Any) -> Iterator[
 def _receive_columns(answer: dict[str, Any], stream: IO[bytes], nbytes: int, name: str) -> dict[str, Int64s]:
     columns: dict[str, Int64s] = {}
     for column in Columns.NAMES:
-        count = int(answer["lengths"][column])
+        typecode, count = answer["columns"][column]
         if count > nbytes:  # each value took at least a byte
             raise UnsafeSource(f"{name!r} claims {count} numbers in {nbytes} bytes", file=name)
-        columns[column] = np.empty(count, dtype=np.int64)
-        receive_exactly(stream, columns[column].view(np.uint8).data, file=name)
+        received = np.empty(count, dtype=typecode)  # array and numpy use the same letters for C's integers
+        receive_exactly(stream, received.view(np.uint8).data, file=name)
+        columns[column] = received.astype(np.int64, copy=False)
     return columns
 
 
