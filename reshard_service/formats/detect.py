@@ -14,7 +14,7 @@ from reshard_service.errors import (
     SourceNotFound,
     UsageError,
 )
-from reshard_service.formats import composite, run_folders
+from reshard_service.formats import composite, run_folders, torch_folder
 from reshard_service.manifest import MANIFEST_NAME
 from reshard_service.storage.base import DirEntry, Storage
 
@@ -59,7 +59,7 @@ def _open_rank_safetensors(storage: Storage, options: OpenOptions) -> Catalogue:
 
 
 def _open_torch(storage: Storage, options: OpenOptions) -> Catalogue:
-    return composite.open_torch_folder(storage, options)
+    return torch_folder.open_torch_folder(storage, options)
 
 
 READERS: dict[str, Opener] = {
@@ -97,12 +97,15 @@ def open_checkpoint(storage: Storage, options: OpenOptions) -> Catalogue:
 def _open_folder(storage: Storage, entries: Sequence[DirEntry], options: OpenOptions) -> Catalogue:
     _refuse_staging(storage)
     found = _recognise(storage, entries)
-    parts = composite.part_folders(storage, entries) if found != "dcp" else []
-    if parts:
-        return composite.open_composite(storage, entries, options, parts, READERS[found] if found else None)
-    if found is not None:
-        return READERS[found](storage, options)
+    own = READERS[found] if found is not None else None
+    if found in (None, "safetensors", "dcp-safetensors", "torch"):
+        folders = composite.part_folders(storage, entries)
+        beside = composite.files_beside(entries)
+        if folders or (own is not None and beside):
+            return composite.open_composite(storage, options, own, folders, beside)
     steps = run_folders.step_folders(entries)
+    if own is not None:
+        return run_folders.mention_steps(own(storage, options), steps)
     if steps:
         raise run_folders.choose_a_step(storage, steps)
     _refuse_half_written(storage, entries)
@@ -122,7 +125,7 @@ def _recognise(storage: Storage, entries: Sequence[DirEntry]) -> str | None:
         return "rank-safetensors"
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "safetensors"
-    if composite.torch_weight_files(names):
+    if torch_folder.torch_weight_files(names):
         return "torch"
     return None
 

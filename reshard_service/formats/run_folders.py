@@ -39,6 +39,14 @@ def choose_a_step(storage: Storage, steps: dict[int, str]) -> AmbiguousSource:
     )
 
 
+def mention_steps(catalogue: Catalogue, steps: dict[int, str]) -> Catalogue:
+    """The catalogue of a folder that has weights of its own, with a notice of the steps beside them."""
+    if not steps:
+        return catalogue
+    reason = f"the folder's own weights are read; beside them lie the steps {_some(list(steps.values()))} (--step)"
+    return replace(catalogue, notices=(*catalogue.notices, Notice("steps_beside", reason)))
+
+
 def open_step(
     storage: Storage,
     entries: Sequence[DirEntry],

@@ -20,7 +20,6 @@ MAX_FILES = 500
 CARRIED = (
     "config.json",
     "generation_config.json",
-    "adapter_config.json",
     "configuration.json",
     "params.json",
     "quantize_config.json",
@@ -48,14 +47,11 @@ CARRIED = (
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
-    "*.py",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "README*",
-    "USE_POLICY*",
 )
-"""Names that transformers, tokenizers and the Hub's custom-code loader read, and the texts that belong to them."""
+"""Names that transformers and tokenizers read."""
+
+CARRIED_WITH_CONFIG = ("*.py", "LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
+"""Custom code and texts: they belong to a model only where its config lies too, elsewhere they may be anything."""
 
 CARRIED_FOLDERS = ("additional_chat_templates",)
 
@@ -77,18 +73,21 @@ NEVER = (
 )
 
 
-def is_side_file(name: str) -> bool:
-    """Whether a file of this name in a model folder is carried along."""
-    return _matches(name, CARRIED) and not _matches(name, NEVER)
+def is_side_file(name: str, *, with_config: bool = True) -> bool:
+    """Whether a file of this name is carried along; ``with_config`` tells that ``config.json`` lies beside it."""
+    patterns = CARRIED + CARRIED_WITH_CONFIG if with_config else CARRIED
+    return _matches(name, patterns) and not _matches(name, NEVER)
 
 
 def side_file_names(storage: Storage) -> tuple[str, ...]:
     """Relative paths of the side files of a model folder, sorted; none for a storage that is a single file."""
     found: list[str] = []
-    for entry in storage.list_dir():
+    entries = storage.list_dir()
+    with_config = any(entry.name == "config.json" for entry in entries)
+    for entry in entries:
         if entry.is_dir and entry.name in CARRIED_FOLDERS:
             found += [f"{entry.name}/{inner.name}" for inner in storage.list_dir(entry.name) if _template(inner)]
-        elif not entry.is_dir and is_side_file(entry.name):
+        elif not entry.is_dir and is_side_file(entry.name, with_config=with_config):
             found.append(entry.name)
     return tuple(sorted(found))
 

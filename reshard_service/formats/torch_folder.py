@@ -1,0 +1,76 @@
+"""Folders of ``torch.save``d weights: one file, a set with an index, or a file per rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from reshard_service.catalogue import Catalogue
+from reshard_service.errors import AmbiguousSource, CheckpointIncomplete, NotACheckpoint, SourceCorrupt
+from reshard_service.formats.composite import OPTIMIZER_FILE, TRAINING_STATE
+from reshard_service.formats.merging import merge
+from reshard_service.formats.side_files import side_file_names
+from reshard_service.formats.strict_json import read_json_object
+from reshard_service.storage.base import Storage, contained_path
+
+if TYPE_CHECKING:
+    from reshard_service.formats.options import OpenOptions
+
+_TORCH_FILE = re.compile(r".+\.(bin|pt|pth)\Z")
+_RANK_FILE = re.compile(r".+_rank\d+\.(bin|pt)\Z")
+_TORCH_INDEX = "pytorch_model.bin.index.json"
+
+
+def torch_weight_files(names: Sequence[str]) -> list[str]:
+    """The torch.save files of a folder that hold weights, training state set apart."""
+    return [
+        name
+        for name in names
+        if _TORCH_FILE.match(name) and not TRAINING_STATE.match(name) and not OPTIMIZER_FILE.match(name)
+    ]
+
+
+def open_torch_folder(storage: Storage, options: OpenOptions) -> Catalogue:
+    """A torch.save file, or a folder with one, or ``pytorch_model.bin.index.json`` with its shards."""
+    from reshard_service.formats.torch_zip.reader import open_torch
+
+    status = storage.stat("")
+    if status is not None and not status.is_dir:
+        return open_torch(storage, options)
+    entries = [entry for entry in storage.list_dir() if not entry.is_dir]
+    names = [entry.name for entry in entries]
+    side_files = side_file_names(storage)
+    if _TORCH_INDEX in names:
+        files = _indexed_files(storage)
+        parts = [("", open_torch(storage, options, path=name)) for name in files]
+        return merge(storage, parts, side_files=side_files)
+    files = torch_weight_files(names)
+    if not files:
+        raise NotACheckpoint(f"no torch.save file lies in {storage.uri!r}")
+    if "pytorch_model.bin" in files:
+        files = ["pytorch_model.bin"]
+    if len(files) > 1:
+        per_rank = all(_RANK_FILE.match(name) for name in files)
+        raise AmbiguousSource(
+            f"{storage.uri!r} has {len(files)} torch.save files: {', '.join(files[:6])}",
+            hint="per-rank files need --source-layout" if per_rank else "name the one file",
+        )
+    return replace(open_torch(storage, options, path=files[0]), side_files=side_files)
+
+
+def _indexed_files(storage: Storage) -> list[str]:
+    document, _ = read_json_object(storage, _TORCH_INDEX, what="index")
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(type(file) is str for file in weight_map.values()):
+        raise SourceCorrupt(f"index {_TORCH_INDEX!r} has no weight_map of tensor names to file names")
+    files = sorted({contained_path(file, named_in=_TORCH_INDEX) for file in weight_map.values()})
+    missing = [file for file in files if storage.stat(file) is None]
+    if missing:
+        raise CheckpointIncomplete(
+            f"index {_TORCH_INDEX!r} names {len(missing)} of {len(files)} files that are not there, such as "
+            f"{missing[0]!r}",
+            file=missing[0],
+        )
+    return files
