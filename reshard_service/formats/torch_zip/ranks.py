@@ -49,7 +49,8 @@ def rank_of_file(name: str) -> int | None:
 def open_torch_ranks(storage: Storage, options: OpenOptions, names: Sequence[str]) -> Catalogue:
     """The catalogue of the per-rank files ``names``, cut as ``options.layout`` says.
 
-    Raises :class:`AmbiguousSource` without a layout, :class:`CheckpointIncomplete` if a rank's file or a tensor of it
+    Raises :class:`AmbiguousSource` without a layout, or where every file holds the same bytes and so seems to hold the
+    whole of what the layout calls pieces; :class:`CheckpointIncomplete` if a rank's file or a tensor of it
     is missing, :class:`GeometryWrong` where a local shape is not what the layout gives its rank, and
     :class:`LayoutInvalid` where ranks that should hold the same piece hold different bytes.
     """
@@ -73,6 +74,7 @@ def open_torch_ranks(storage: Storage, options: OpenOptions, names: Sequence[str
     starts = _table(places, [file.starts for file in opened])
     crcs = _table(places, [file.crcs for file in opened])
     _check_types(ordered, places, opened, paths)
+    _refuse_copies(rows, crcs, held, storage.uri)
     file_of = np.broadcast_to(np.arange(layout.world, dtype=np.int32), (len(ordered), layout.world))
     chunks = local_chunks(tensors, held, starts, file_of)
     column = [crcs[i, holdings.rank] for i, holdings in enumerate(held)]
@@ -213,6 +215,25 @@ def _check_types(
                     tensor=key,
                     file=paths[rank],
                 )
+
+
+def _refuse_copies(
+    rows: Mapping[str, Sequence[StoredTensor]], crcs: Int64s, held: Sequence[Holdings], uri: str
+) -> None:
+    """Pieces of one tensor that are all alike, in every tensor, are whole copies, which joining would multiply.
+
+    Only plain tensors with recorded CRC32s can tell: a DTensor says itself how large the whole is.
+    """
+    cut = [
+        i
+        for i, (row, holdings) in enumerate(zip(rows.values(), held, strict=True))
+        if row[0].global_shape is None and (holdings.offsets != holdings.offsets[:1]).any()
+    ]
+    if cut and bool((crcs[cut] >= 0).all()) and bool((crcs[cut] == crcs[cut][:, :1]).all()):
+        raise AmbiguousSource(
+            f"the files of all ranks in {uri!r} hold the same bytes, where the layout says they hold different pieces",
+            hint="if each file holds the whole model, name one of them instead of the folder",
+        )
 
 
 def _check_replicas(tensors: Sequence[Tensor], chunks: Chunks, paths: Sequence[str]) -> None:

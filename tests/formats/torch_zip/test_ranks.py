@@ -203,3 +203,11 @@ def test_packed_pieces_go_back_to_their_places(tmp_path: Path) -> None:
     save_ranks(tmp_path, lambda rank: {"gate_up": torch.cat([gate.chunk(2)[rank], up.chunk(2)[rank]])}, 2)
     catalogue = open_ranks(tmp_path, layout_from_document(document))
     assert same(tensor_of(catalogue, "gate_up", tmp_path), whole)
+
+
+def test_whole_copies_in_every_ranks_file_are_not_joined_into_a_larger_model(tmp_path: Path) -> None:
+    save_ranks(tmp_path, lambda rank: {"w": WHOLE["embed.weight"], "norm": WHOLE["norm.weight"]}, 2)
+    with pytest.raises(AmbiguousSource, match="name one of them"):
+        open_ranks(tmp_path, parse_layout("fsdp=2"))
+    catalogue = open_ranks(tmp_path, parse_layout("dp_replicate=2"))
+    assert same(tensor_of(catalogue, "w", tmp_path), WHOLE["embed.weight"])
