@@ -82,7 +82,15 @@ class _Joining:
                     )
                 rows.append(known)
             tensors_of_parts.append(np.array(rows, dtype=np.int64))
-        self.keys, self.dtypes, self.shapes, self.tensors_of_parts = keys, dtypes, shapes, tensors_of_parts
+        order = self._saved_order(keys)
+        renumbered = np.empty(len(keys), dtype=np.int64)
+        renumbered[order] = np.arange(len(keys))
+        is_tensor = self.tensor_of_text >= 0
+        self.tensor_of_text[is_tensor] = renumbered[self.tensor_of_text[is_tensor]]
+        self.tensors_of_parts = [renumbered[tensors] for tensors in tensors_of_parts]
+        self.keys = [keys[old] for old in order]
+        self.dtypes = [dtypes[old] for old in order]
+        self.shapes = shapes = [shapes[old] for old in order]
         self.rank_of = np.array([len(shape) for shape in shapes], dtype=np.int64)
         self.dims = int(self.rank_of.max(initial=0))
         if self.dims > _MOST_DIMS:
@@ -99,6 +107,15 @@ class _Joining:
         self.strides = np.ones_like(radix)
         for dim in range(self.dims - 2, -1, -1):
             self.strides[:, dim] = self.strides[:, dim + 1] * radix[:, dim + 1]
+
+    def _saved_order(self, keys: list[str]) -> list[int]:
+        """The tensors in the order of the state dict that was saved, in which a resume will ask for them.
+
+        ``planner_data`` keeps that order. ``state_dict_metadata`` does not: torch 2.13 fills it rank by rank after it
+        has spread replicated tensors over the ranks, so what rank 0 need not write comes late.
+        """
+        positions = {key: i for i, key in enumerate(self._paths() or ())}
+        return sorted(range(len(keys)), key=lambda tensor: positions.get(keys[tensor], len(positions)))
 
     def _absurd(self, tensor: int) -> Never:
         key = self.keys[tensor]
