@@ -9,13 +9,15 @@ import numpy as np
 
 from reshard_service.catalogue import ByteObject, Catalogue, Notice, Section, Tensor
 from reshard_service.dtypes import DType, by_name
-from reshard_service.errors import SelectionEmpty, StateNotPortable
+from reshard_service.errors import CannotHold, SelectionEmpty, StateNotPortable
 from reshard_service.formats.target import Selection
 from reshard_service.globs import compile_glob
 from reshard_service.identity import strip_wrappers
 from reshard_service.mapping.names import bare_name, dcp_key, natural_order, require_distinct
 from reshard_service.mapping.state import per_rank_families
 
+HOLDS_OBJECTS = ("dcp",)
+"""Formats that can be written and have a place for byte objects."""
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
@@ -50,6 +52,7 @@ def select(source: Catalogue, request: SelectionRequest) -> Selected:
     wanted = _Wanted(request)
     chosen = [i for i, tensor in enumerate(source.tensors) if wanted(tensor.identity.section, tensor.identity.fqn)]
     objects = [item for item in source.objects if wanted(item.identity.section, item.identity.fqn)]
+    _require_holdable(objects, request)
     objects, notices = _portable(source, objects, request)
     if not chosen and not objects:
         raise SelectionEmpty(
@@ -89,6 +92,23 @@ class _Wanted:
         if any(glob.matches(bare) for glob in self._exclude):
             return False
         return not self._include or any(glob.matches(bare) for glob in self._include)
+
+
+def _require_holdable(objects: Sequence[ByteObject], request: SelectionRequest) -> None:
+    """Objects asked for by ``--part all|optimizer`` must be excluded by hand where a format has no place for them."""
+    if not objects or request.format in HOLDS_OBJECTS or request.part == "model":
+        return
+    raise CannotHold(
+        f"{len(objects)} objects that are no tensors can't be held by {request.format}, e.g. {objects[0].key!r}",
+        tensor=objects[0].key,
+        hint=f"leave them out: {' '.join(_excluding(objects))}; or write a dcp, which holds everything",
+    )
+
+
+def _excluding(objects: Sequence[ByteObject]) -> list[str]:
+    """``--exclude`` options that cover these objects, one per first part of their names."""
+    heads = sorted({strip_wrappers(item.identity.fqn).split(".")[0] for item in objects})
+    return [f"--exclude '{head}.**' --exclude '{head}'" for head in heads]
 
 
 def _named(source: Catalogue, tensor: Tensor, request: SelectionRequest) -> Tensor:
