@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard_service.errors import UsageError
@@ -85,6 +85,7 @@ component = st.text("ab*?", min_size=1, max_size=4).filter(lambda text: "**" not
 name_part = st.text("ab", min_size=0, max_size=4)
 
 
+@settings(deadline=None)
 @given(st.lists(component, min_size=1, max_size=5), st.lists(name_part, min_size=1, max_size=5))
 def test_the_automaton_agrees_with_a_recursive_matcher(pattern: list[str], name: list[str]) -> None:
     assert compile_glob(".".join(pattern)).matches(".".join(name)) == naive(pattern, name)

@@ -81,8 +81,8 @@ def _fully_sharded(whole: Any, case: dict[str, Any]) -> Any:
 def main() -> None:
     """One forked gang for each world size."""
     import torch
-    import torch.distributed.fsdp  # noqa: F401 - before forking, so that it is loaded once
-    import torch.distributed.tensor  # noqa: F401
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
 
     from tests.oracles.gang import _run_task
 
