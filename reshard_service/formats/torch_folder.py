@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from reshard_service.formats.options import OpenOptions
 
 _TORCH_FILE = re.compile(r".+\.(bin|pt|pth)\Z")
-_RANK_FILE = re.compile(r".+_rank\d+\.(bin|pt)\Z")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
@@ -33,7 +32,8 @@ def torch_weight_files(names: Sequence[str]) -> list[str]:
 
 
 def open_torch_folder(storage: Storage, options: OpenOptions) -> Catalogue:
-    """A torch.save file, or a folder with one, or ``pytorch_model.bin.index.json`` with its shards."""
+    """A torch.save file, or a folder with one, ``pytorch_model.bin.index.json`` with its shards, or a file per rank."""
+    from reshard_service.formats.torch_zip.ranks import open_torch_ranks, rank_of_file
     from reshard_service.formats.torch_zip.reader import open_torch
 
     status = storage.stat("")
@@ -52,10 +52,10 @@ def open_torch_folder(storage: Storage, options: OpenOptions) -> Catalogue:
     if "pytorch_model.bin" in files:
         files = ["pytorch_model.bin"]
     if len(files) > 1:
-        per_rank = all(_RANK_FILE.match(name) for name in files)
+        if all(rank_of_file(name) is not None for name in files):
+            return replace(open_torch_ranks(storage, options, files), side_files=side_files)
         raise AmbiguousSource(
-            f"{storage.uri!r} has {len(files)} torch.save files: {', '.join(files[:6])}",
-            hint="per-rank files need --source-layout" if per_rank else "name the one file",
+            f"{storage.uri!r} has {len(files)} torch.save files: {', '.join(files[:6])}", hint="name the one file"
         )
     return replace(open_torch(storage, options, path=files[0]), side_files=side_files)
 
