@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reshard_service.formats.options import OpenOptions
 
 _TORCH_FILE = re.compile(r".+\.(bin|pt|pth)\Z")
+_RANK = re.compile(r"(?:\A|[._-])rank[_-]?\d{1,6}")
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
@@ -51,13 +52,27 @@ def open_torch_folder(storage: Storage, options: OpenOptions) -> Catalogue:
         raise NotACheckpoint(f"no torch.save file lies in {storage.uri!r}")
     if "pytorch_model.bin" in files:
         files = ["pytorch_model.bin"]
-    if len(files) > 1:
-        if all(rank_of_file(name) is not None for name in files):
-            return replace(open_torch_ranks(storage, options, files), side_files=side_files)
+    if len(files) == 1:
+        return replace(open_torch(storage, options, path=files[0]), side_files=side_files)
+    families = _families(files) if all(rank_of_file(name) is not None for name in files) else []
+    if not families:
         raise AmbiguousSource(
             f"{storage.uri!r} has {len(files)} torch.save files: {', '.join(files[:6])}", hint="name the one file"
         )
-    return replace(open_torch(storage, options, path=files[0]), side_files=side_files)
+    parts = [("", open_torch_ranks(storage, options, family)) for family in families]
+    return merge(storage, parts, side_files=side_files)
+
+
+def _families(files: Sequence[str]) -> list[list[str]]:
+    """Per-rank files by what their names share, the optimizer's last (accelerate: ``pytorch_model_fsdp_0_rank3.bin``
+    beside ``optimizer_0_rank3.bin``); none if they are more than a model's and an optimizer's.
+    """
+    families: dict[str, list[str]] = {}
+    for name in files:
+        families.setdefault(_RANK.sub("", name), []).append(name)
+    if len(families) > 2 or (len(families) == 2 and sum("optim" in family for family in families) != 1):
+        return []
+    return [families[family] for family in sorted(families, key=lambda family: "optim" in family)]
 
 
 def _indexed_files(storage: Storage) -> list[str]:

@@ -28,7 +28,7 @@ from reshard_service.formats.rank_safetensors.writer import design_rank_safetens
 from reshard_service.formats.safetensors.reader import open_safetensors
 from reshard_service.layouts.shorthand import parse_layout
 from reshard_service.storage.local import LocalStorage
-from tests.formats.materialise import materialise, select
+from tests.formats.materialise import materialise, select, tensor_bytes
 
 MODEL = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 STATE = {name: {"exp_avg": torch.zeros_like(value), "step": torch.tensor(1.0)} for name, value in MODEL.items()}
@@ -325,3 +325,24 @@ def test_rubbish_under_a_known_name_is_an_error_of_ours(tmp_path: Path, name: st
         (tmp_path / name).write_bytes(rubbish)
         with pytest.raises(ReshardError):
             opened(tmp_path)
+
+
+def test_a_file_per_rank_needs_the_layout_that_cut_it(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(4, 3)
+    for rank in range(2):
+        piece = whole.chunk(2)[rank].clone()
+        torch.save({"a.weight": piece}, tmp_path / f"pytorch_model_fsdp_0_rank{rank}.bin")
+        torch.save({"state": {"a.weight": {"exp_avg": piece * 2}}}, tmp_path / f"optimizer_0_rank{rank}.bin")
+    with pytest.raises(AmbiguousSource, match="--source-layout"):
+        opened(tmp_path)
+    catalogue = opened(tmp_path, layout=parse_layout("fsdp=2"))
+    assert catalogue.format == "torch"
+    assert catalogue.world == 2
+    assert len(catalogue.files) == 4
+    for i, tensor in enumerate(catalogue.tensors):
+        truth = whole if tensor.identity.section is Section.MODEL else whole * 2
+        assert tensor.shape == (4, 3)
+        assert tensor_bytes(catalogue, i).tobytes() == truth.numpy().tobytes()
+    (tmp_path / "x_rank0.bin").write_bytes(b"")
+    with pytest.raises(AmbiguousSource, match="name the one file"):
+        opened(tmp_path, layout=parse_layout("fsdp=2"))

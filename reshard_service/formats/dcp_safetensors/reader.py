@@ -14,7 +14,7 @@ from reshard_service.formats.dcp_safetensors.names import SAVED_OFFSETS, SHARDIN
 from reshard_service.formats.safetensors.header import MAX_DIM, Header
 from reshard_service.formats.safetensors.sources import MetadataSum, file_entries, identities, read_headers
 from reshard_service.formats.side_files import side_file_names
-from reshard_service.formats.strict_json import parse_json, read_json_object
+from reshard_service.formats.strict_json import parse_json, paused_gc, read_json_object
 from reshard_service.manifest import MANIFEST_NAME, parse_manifest
 from reshard_service.storage.base import Storage
 
@@ -25,6 +25,7 @@ CONFIG_NAME = "config.json"
 _MAX_CONFIG_BYTES = 16_000_000
 
 
+@paused_gc()
 def open_dcp_safetensors(storage: Storage, options: OpenOptions) -> Catalogue:
     """The catalogue of a folder with one set of shard files per rank.
 

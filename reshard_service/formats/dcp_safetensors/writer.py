@@ -12,6 +12,7 @@ from reshard_service.formats.options import WriteOptions
 from reshard_service.formats.safetensors.header import HeaderEntry, build_header
 from reshard_service.formats.safetensors.writer import aligned_order, check_names
 from reshard_service.formats.selected import ownership_items
+from reshard_service.formats.strict_json import paused_gc
 from reshard_service.formats.target import Design, Literal, OutputFile, Selection
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _NOT_READ_BY_TORCH = ("F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 """``safetensors.torch._getdtype`` (0.8) knows no such type, so HuggingFaceStorageReader fails on a file with one."""
 
 
+@paused_gc()
 def design_dcp_safetensors(selection: Selection, layout: Layout | None, options: WriteOptions) -> Design:
     """Each rank's chunks in ``shard-<rank + 1>-model-00001-of-00001.safetensors``; replicated chunks once.
 
@@ -38,29 +40,30 @@ def design_dcp_safetensors(selection: Selection, layout: Layout | None, options:
     members: list[list[int]] = [[] for _ in paths]
     for row, file in enumerate(file_of.tolist()):
         members[file].append(row)
+    itemsizes = np.array([tensor.dtype.itemsize for tensor in selection.tensors], dtype=np.int64)
+    lengths: Int64s = sizes.prod(axis=1) * itemsizes[tensor_of]
     starts = np.zeros(len(tensor_of), dtype=np.int64)
-    lengths = np.zeros(len(tensor_of), dtype=np.int64)
+    dims = [len(tensor.shape) for tensor in selection.tensors]
+    begins = [tuple(row[: dims[t]]) for t, row in zip(tensor_of.tolist(), offsets.tolist(), strict=True)]
+    shapes = [tuple(row[: dims[t]]) for t, row in zip(tensor_of.tolist(), sizes.tolist(), strict=True)]
     literals: list[Literal] = []
     outputs: list[OutputFile] = []
     for file, rows in enumerate(members):
-        boxes = {row: _box(selection, tensor_of, offsets, sizes, row) for row in rows}
-        extents = [(boxes[row][2], selection.tensors[int(tensor_of[row])].dtype.itemsize) for row in rows]
+        extents = list(zip(lengths[rows].tolist(), itemsizes[tensor_of[rows]].tolist(), strict=True))
         at = 0
         entries: list[HeaderEntry] = []
         saved: dict[str, tuple[int, ...]] = {}
         ordered = aligned_order(rows, extents)
-        for row in ordered:
+        for row, nbytes in zip(ordered, lengths[ordered].tolist(), strict=True):
             tensor = selection.tensors[int(tensor_of[row])]
-            begin, shape, nbytes = boxes[row]
-            entries.append(HeaderEntry(tensor.key, tensor.dtype, shape, at, at + nbytes))
-            saved[tensor.key] = begin
-            starts[row], lengths[row] = at, nbytes
+            entries.append(HeaderEntry(tensor.key, tensor.dtype, shapes[row], at, at + nbytes))
+            saved[tensor.key] = begins[row]
+            starts[row] = at
             at += nbytes
         header = build_header(entries, sharding_metadata(saved), file=paths[file])
         starts[ordered] += len(header)
         literals.append(Literal(file, 0, header))
         outputs.append(OutputFile(paths[file], len(header) + at))
-    dims = [len(tensor.shape) for tensor in selection.tensors]
     odd = sorted({tensor.dtype.name for tensor in selection.tensors} & set(_NOT_READ_BY_TORCH))
     return Design(
         format="dcp-safetensors",
@@ -69,8 +72,8 @@ def design_dcp_safetensors(selection: Selection, layout: Layout | None, options:
         chunks=build_chunks(
             len(selection.tensors),
             tensor_of,
-            offsets=[row[: dims[t]] for t, row in zip(tensor_of.tolist(), offsets.tolist(), strict=True)],
-            sizes=[row[: dims[t]] for t, row in zip(tensor_of.tolist(), sizes.tolist(), strict=True)],
+            offsets=begins,
+            sizes=shapes,
             file=file_of.tolist(),
             start=starts.tolist(),
             length=lengths.tolist(),
@@ -113,14 +116,3 @@ def _occurrence(owner: Int64s, tensor: Int64s) -> Int64s:
     result = np.empty(len(owner), dtype=np.int64)
     result[order] = position - np.maximum.accumulate(np.where(new, position, 0))
     return result
-
-
-def _box(
-    selection: Selection, tensor_of: Int64s, offsets: Int64s, sizes: Int64s, row: int
-) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """A chunk's offsets and sizes without padding dims, and its bytes."""
-    tensor = selection.tensors[int(tensor_of[row])]
-    dims = len(tensor.shape)
-    shape = tuple(int(size) for size in sizes[row, :dims])
-    nbytes = int(np.prod(shape, dtype=np.int64)) * tensor.dtype.itemsize
-    return tuple(int(offset) for offset in offsets[row, :dims]), shape, nbytes

@@ -29,7 +29,7 @@ from reshard_service.formats.rank_safetensors.shapes import global_shape
 from reshard_service.formats.safetensors.header import Header
 from reshard_service.formats.safetensors.sources import MetadataSum, file_entries, identities, read_headers
 from reshard_service.formats.side_files import side_file_names
-from reshard_service.formats.strict_json import read_small_file
+from reshard_service.formats.strict_json import paused_gc, read_small_file
 from reshard_service.layouts.holdings import Holdings, View
 from reshard_service.storage.base import Storage
 
@@ -41,6 +41,7 @@ Place = tuple[int, int]
 """File and position in its header."""
 
 
+@paused_gc()
 def open_rank_safetensors(storage: Storage, options: OpenOptions) -> Catalogue:
     """The catalogue of a folder of rank files.
 

@@ -16,6 +16,7 @@ from reshard_service.formats.rank_safetensors.local_chunks import local_chunks
 from reshard_service.formats.safetensors.header import HeaderEntry, build_header
 from reshard_service.formats.safetensors.writer import aligned_order, check_names
 from reshard_service.formats.selected import OwnershipItem, ownership_items
+from reshard_service.formats.strict_json import paused_gc
 from reshard_service.formats.target import ClosingFile, Design, Literal, OutputFile, Selection
 from reshard_service.layouts.holdings import Holdings, View
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from reshard_service.layouts.layout import Layout
 
 
+@paused_gc()
 def design_rank_safetensors(selection: Selection, layout: Layout | None, options: WriteOptions) -> Design:
     """``model-rank-{r}-part-{p}.safetensors`` for every rank, parts of at most ``max_shard_bytes`` payload.
 

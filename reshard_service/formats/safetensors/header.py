@@ -36,6 +36,8 @@ ALIGNMENT = 8
 """The payload starts at a multiple of this, as the library writes it."""
 
 _FIRST_READ_BYTES = 65_536
+_DEFAULT_METADATA = {"format": "pt"}
+_spelled = json.JSONEncoder(ensure_ascii=False).encode
 _KNOWN = {dtype.name: dtype for dtype in all_dtypes() if dtype.in_safetensors}
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -137,10 +139,9 @@ def _checked(
     ends = np.empty(len(table), dtype=np.int64)
     data_bytes = file_bytes - data_start
     for i, (name, entry) in enumerate(table.items()):
-        if not name.isprintable() or not name or len(name) > MAX_NAME_BYTES // 4:
-            fault = name_fault(name)
-            if fault is not None:
-                raise UnsafeSource(f"tensor name {name[:60]!r} in {file!r} {fault}", file=file)
+        fault = name_fault(name)
+        if fault is not None:
+            raise UnsafeSource(f"tensor name {name[:60]!r} in {file!r} {fault}", file=file)
         if type(entry) is not tuple:
             if type(entry) is not dict or entry.keys() != _FIELDS:
                 raise SourceCorrupt(
@@ -198,6 +199,8 @@ def _checked(
 
 def name_fault(name: str) -> str | None:
     """Why no framework gives this name (and logs, terminals or C strings would show another), or None."""
+    if name and len(name) <= MAX_NAME_BYTES // 4 and name.isprintable():
+        return None
     try:
         encoded = name.encode("utf-8")
     except UnicodeEncodeError:
@@ -263,19 +266,19 @@ def build_header(entries: Iterable[HeaderEntry], metadata: Mapping[str, str] | N
 
     ``metadata`` defaults to ``{"format": "pt"}``, which transformers asks for. Raises :class:`CannotHold`.
     """
-    table: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
+    parts = ['"__metadata__":' + json.dumps(dict(_DEFAULT_METADATA if metadata is None else metadata))]
     for entry in entries:
         check_holdable(entry.name, entry.dtype, entry.shape)
-        table[entry.name] = {
-            "dtype": entry.dtype.name,
-            "shape": shape_in_values(entry.dtype, entry.shape),
-            "data_offsets": [entry.begin, entry.end],
-        }
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        shape = ",".join(map(str, shape_in_values(entry.dtype, entry.shape)))
+        parts.append(
+            f'{_spelled(entry.name)}:{{"dtype":"{entry.dtype.name}","shape":[{shape}],'
+            f'"data_offsets":[{entry.begin},{entry.end}]}}'
+        )
+    text = ("{" + ",".join(parts) + "}").encode("utf-8")
     text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise CannotHold(
-            f"{len(table) - 1} tensors need a header of {len(text)} bytes; the format allows {MAX_HEADER_BYTES}",
+            f"{len(parts) - 1} tensors need a header of {len(text)} bytes; the format allows {MAX_HEADER_BYTES}",
             file=file or None,
             hint="write several files (--max-shard-size) instead of one",
         )

@@ -12,6 +12,7 @@ from reshard_service.formats.safetensors.header import Header
 from reshard_service.formats.safetensors.index import INDEX_NAME, INDEX_SUFFIX, cross_check, read_index
 from reshard_service.formats.safetensors.sources import MetadataSum, file_entries, identities, read_headers
 from reshard_service.formats.side_files import side_file_names
+from reshard_service.formats.strict_json import paused_gc
 from reshard_service.storage.base import Storage
 
 SINGLE_NAME = "model.safetensors"
@@ -20,6 +21,7 @@ _PRODUCERS = {"pt": "transformers", "mlx": "mlx", "flax": "flax", "np": "numpy"}
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors\Z")
 
 
+@paused_gc()
 def open_safetensors(storage: Storage, options: OpenOptions) -> Catalogue:
     """The catalogue of a safetensors file or folder, from headers and index alone.
 

@@ -12,6 +12,7 @@ from reshard_service.formats.options import WriteOptions
 from reshard_service.formats.safetensors.header import HeaderEntry, build_header, check_holdable
 from reshard_service.formats.safetensors.index import INDEX_NAME, index_bytes
 from reshard_service.formats.safetensors.reader import SINGLE_NAME
+from reshard_service.formats.strict_json import paused_gc
 from reshard_service.formats.target import ClosingFile, Design, Literal, OutputFile, Selection
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _ENTRY_BYTES = 80
 """Upper estimate of a header entry without its name and shape."""
 
 
+@paused_gc()
 def design_safetensors(selection: Selection, layout: Layout | None, options: WriteOptions) -> Design:
     """One file (``options.single_file`` or ``model.safetensors``), or shards of at most ``max_shard_bytes`` payload.
 
