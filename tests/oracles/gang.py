@@ -5,6 +5,7 @@ Importing them costs seconds, a fork costs milliseconds; so ``run_gangs`` starts
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -124,14 +125,12 @@ def _main(work: Path) -> None:
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-    from tests.oracles import resuming, saving
-
     torch.set_num_threads(1)
-    modules = {"saving": saving, "resuming": resuming}
     report = {}
     for name, world, function, arguments in json.loads(work.read_text(encoding="utf-8")):
         module, _, attribute = function.partition(":")
-        outcome = _run_task(world, getattr(modules[module], attribute), arguments)
+        function_ = getattr(importlib.import_module(f"tests.oracles.{module}"), attribute)
+        outcome = _run_task(world, function_, arguments)
         report[name] = (outcome.ranks, outcome.error)
     (work.parent / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
