@@ -1,15 +1,14 @@
 """Globs on FQNs: the one pattern language of layouts, ``--include`` and ``--exclude`` (decision 8).
 
 ``*`` is any run of characters within one dot component and ``?`` one character of it; ``**`` stands alone between dots
-for any number of components, none included; ``{a,b}`` is either. Everything else is literal. Matching is a simulated
-automaton, so its time is linear in the name whatever the pattern: a pattern can come from a stranger's job document,
-which is why ``re`` is never given one.
+for any number of components, none included; ``{a,b}`` is either. Everything else is literal. The time to match is
+linear in the name for any pattern, and patterns are short: one can come from a stranger's job document, which is why
+``re`` is never given one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -20,98 +19,85 @@ MAX_PATTERN_LENGTH = 512
 MAX_ALTERNATIVES = 256
 
 
-class _Wild(Enum):
-    ONE = "?"
-    RUN = "*"
-    COMPONENTS = "**"
-
-
-_Token = str | _Wild
-
-
 @dataclass(frozen=True, slots=True)
 class _Automaton:
-    """Token ``i`` is bit ``i`` of a set of states; the masks say which states a character moves on or keeps."""
+    """One component with wildcards. Token ``i`` is bit ``i`` of a set of states, so that a character is one step
+    whatever the pattern; the masks say which states it moves on, and which keep (``*``) or may be skipped."""
 
     moves: dict[str, int]
-    moves_within: int
+    moves_always: int
     keeps: int
-    keeps_within: int
-    skips_one: int
-    skips_two: int
     accept: int
 
     def accepts(self, text: str) -> bool:
-        states = self._skip(1)
+        # Stars never stand side by side, so skipping one is skipping all.
+        states = 1 | ((1 & self.keeps) << 1)
         for character in text:
-            moving = self.moves.get(character, 0)
-            keeping = self.keeps
-            if character != ".":
-                moving |= self.moves_within
-                keeping |= self.keeps_within
-            states = self._skip(((states & moving) << 1) | (states & keeping))
+            states = ((states & (self.moves.get(character, 0) | self.moves_always)) << 1) | (states & self.keeps)
             if not states:
                 return False
+            states |= (states & self.keeps) << 1
         return bool(states & self.accept)
 
-    def _skip(self, states: int) -> int:
-        # At most three wildcards stand side by side (see _tokens), so this loop is short.
-        while True:
-            reached = states | ((states & self.skips_one) << 1) | ((states & self.skips_two) << 2)
-            if reached == states:
-                return states
-            states = reached
 
-
-def _automaton(tokens: list[_Token]) -> _Automaton:
+def _automaton(component: str) -> _Automaton:
     moves: dict[str, int] = {}
-    moves_within = keeps = keeps_within = skips_one = skips_two = 0
+    moves_always = keeps = 0
     bit = 1
-    for token in tokens:
-        if token is _Wild.ONE:
-            moves_within |= bit
-        elif token is _Wild.RUN:
-            keeps_within |= bit
-            skips_one |= bit
-        elif token is _Wild.COMPONENTS:
-            # Two states: the first takes the dot that opens a component or is skipped with the second, the second
-            # takes anything. What follows is the end or a dot, so whole components are taken.
-            moves["."] = moves.get(".", 0) | bit
-            skips_two |= bit
-            bit <<= 1
+    for character in component:
+        if character == "*":
             keeps |= bit
-            skips_one |= bit
+        elif character == "?":
+            moves_always |= bit
         else:
-            assert isinstance(token, str)
-            moves[token] = moves.get(token, 0) | bit
+            moves[character] = moves.get(character, 0) | bit
         bit <<= 1
-    return _Automaton(moves, moves_within, keeps, keeps_within, skips_one, skips_two, accept=bit)
+    return _Automaton(moves, moves_always, keeps, accept=bit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Component:
+    """What one component of a name has to be: a text, or what an automaton accepts; neither is anything at all."""
+
+    text: str | None = None
+    automaton: _Automaton | None = None
+
+    def matches(self, component: str) -> bool:
+        if self.text is not None:
+            return self.text == component
+        return self.automaton is None or self.automaton.accepts(component)
 
 
 @dataclass(frozen=True, slots=True)
 class _Alternative:
-    """One pattern without braces, matched against ``"." + fqn`` so that every component opens with a dot.
+    """One pattern without braces; None among its components is ``**``."""
 
-    Literal ends are compared as strings, which decides nearly every name; only what lies between them is simulated.
-    """
+    components: tuple[_Component | None, ...]
+    tail: str
+    """The literal components at the end, each after a dot: compared as one string it decides nearly every name."""
 
-    prefix: str
-    suffix: str
-    single: _Wild | None = None
-    """The only wildcard between the literal ends, if there is just one; None with no automaton means none at all."""
-    automaton: _Automaton | None = field(default=None, repr=False)
+    def matches(self, components: list[str]) -> bool:
+        """Greedy: where a component fails, the last ``**`` takes one more. Earlier ones never need to."""
+        wanted = self.components
+        at = here = 0
+        last, resume = -1, 0
+        while here < len(components):
+            want = wanted[at] if at < len(wanted) else _NOTHING
+            if want is None:
+                last, resume = at, here
+                at += 1
+            elif want.matches(components[here]):
+                at += 1
+                here += 1
+            elif last >= 0:
+                resume += 1
+                at, here = last + 1, resume
+            else:
+                return False
+        return all(want is None for want in wanted[at:])
 
-    def matches(self, dotted: str) -> bool:
-        if self.single is None and self.automaton is None:
-            return dotted == self.prefix
-        end = len(dotted) - len(self.suffix)
-        if end < len(self.prefix) or not dotted.endswith(self.suffix) or not dotted.startswith(self.prefix):
-            return False
-        if self.automaton is not None:
-            return self.automaton.accepts(dotted[len(self.prefix) : end])
-        if self.single is _Wild.RUN:
-            return dotted.find(".", len(self.prefix), end) < 0
-        return end == len(self.prefix) or dotted[len(self.prefix)] == "."
+
+_NOTHING = _Component(automaton=_Automaton({}, 0, 0, accept=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +106,18 @@ class Glob:
 
     pattern: str
     _alternatives: tuple[_Alternative, ...] = field(repr=False, compare=False)
+    _tails: tuple[str, ...] = field(repr=False, compare=False)
+    _tails_decide: bool = field(repr=False, compare=False)
+    """Every alternative is ``**`` and literal components."""
 
     def matches(self, fqn: str) -> bool:
         """Whether the whole FQN matches."""
-        dotted = "." + fqn
-        return any(alternative.matches(dotted) for alternative in self._alternatives)
+        if not f".{fqn}".endswith(self._tails):
+            return False
+        if self._tails_decide:
+            return True
+        components = fqn.split(".")
+        return any(alternative.matches(components) for alternative in self._alternatives)
 
 
 @lru_cache(maxsize=4096)
@@ -140,7 +133,14 @@ def compile_glob(pattern: str) -> Glob:
                 f"glob {pattern!r} has {character!r}, which globs on tensor names don't have",
                 hint="only * ** ? and {a,b} are special; write [01] as {0,1}",
             )
-    return Glob(pattern, tuple(_alternative(pattern, text) for text in _expand(pattern)))
+    alternatives = tuple(_alternative(pattern, text) for text in _expand(pattern))
+    decide = all(
+        len(each.components) > 1
+        and not any(_is_wild(part) for part in each.components[1:])
+        and each.components[0] is None
+        for each in alternatives
+    )
+    return Glob(pattern, alternatives, tuple(each.tail for each in alternatives), decide)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -167,12 +167,16 @@ def _expand(pattern: str) -> list[str]:
     return ["".join(choice) for choice in product(*parts)]
 
 
-def _tokens(pattern: str, text: str) -> list[_Token]:
-    tokens: list[_Token] = []
+def _is_wild(component: _Component | None) -> bool:
+    return component is None or component.text is None
+
+
+def _alternative(pattern: str, text: str) -> _Alternative:
+    components: list[_Component | None] = []
     for component in text.split("."):
         if component == "**":
-            if not tokens or tokens[-1] is not _Wild.COMPONENTS:
-                tokens.append(_Wild.COMPONENTS)
+            if not components or components[-1] is not None:
+                components.append(None)
             continue
         if "**" in component:
             raise UsageError(
@@ -181,20 +185,15 @@ def _tokens(pattern: str, text: str) -> list[_Token]:
             )
         if not component:
             raise UsageError(f"glob {pattern!r} has an empty component (two dots, or a dot at an end)")
-        tokens.append(".")
-        tokens += [{"*": _Wild.RUN, "?": _Wild.ONE}.get(character, character) for character in component]
-    return tokens
-
-
-def _alternative(pattern: str, text: str) -> _Alternative:
-    tokens = _tokens(pattern, text)
-    wild = [at for at, token in enumerate(tokens) if isinstance(token, _Wild)]
-    if not wild:
-        return _Alternative("".join(map(str, tokens)), "")
-    prefix = "".join(map(str, tokens[: wild[0]]))
-    suffix = "".join(map(str, tokens[wild[-1] + 1 :]))
-    between = tokens[wild[0] : wild[-1] + 1]
-    only = between[0] if len(between) == 1 else None
-    if isinstance(only, _Wild) and only is not _Wild.ONE:
-        return _Alternative(prefix, suffix, single=only)
-    return _Alternative(prefix, suffix, automaton=_automaton(between))
+        if component == "*":
+            components.append(_Component())
+        elif "*" in component or "?" in component:
+            components.append(_Component(automaton=_automaton(component)))
+        else:
+            components.append(_Component(component))
+    tail = ""
+    for wanted in reversed(components):
+        if wanted is None or wanted.text is None:
+            break
+        tail = f".{wanted.text}{tail}"
+    return _Alternative(tuple(components), tail)
