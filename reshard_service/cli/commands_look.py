@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reshard_service.catalogue import Section
 from reshard_service.cli.options import (
     Exclude,
     From,
@@ -132,23 +133,34 @@ def _say_catalogue(catalogue: Catalogue) -> None:
     counts = f"{len(catalogue.tensors)} tensors, {len(catalogue.chunks)} chunks"
     say(f"  payload   {human_bytes(catalogue.payload_bytes)} in {counts}")
     say(f"  on disk   {human_bytes(catalogue.file_bytes)} in {len(catalogue.files)} files")
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for index, tensor in enumerate(catalogue.tensors):
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.key)
-        groups.setdefault((name, tensor.dtype.name, str(list(tensor.shape))), []).append(index)
-    say()
-    width = max((len(name) for name, _, _ in list(groups)[:_SHOWN_LINES]), default=0)
-    for (name, dtype, shape), members in list(groups.items())[:_SHOWN_LINES]:
-        times = f" × {len(members)}" if len(members) > 1 else ""
-        say(f"  {name:<{width}}  {dtype:<5} {shape}{times}")
-    if len(groups) > _SHOWN_LINES:
-        say(f"  … and {len(groups) - _SHOWN_LINES} more kinds of tensors (--json lists all)")
-    if catalogue.objects:
-        kinds: dict[str, int] = {}
-        for item in catalogue.objects:
-            kinds[item.identity.section.value] = kinds.get(item.identity.section.value, 0) + 1
-        say("\n  objects   " + ", ".join(f"{count} of section {section}" for section, count in kinds.items()))
+    for section in Section:
+        _say_section(catalogue, section)
     print_notices(catalogue.notices, "Worth knowing")
+
+
+def _say_section(catalogue: Catalogue, section: Section) -> None:
+    """One section: its size, then kinds of tensors (layers folded into one line; optimizer state by slot)."""
+    tensors = [tensor for tensor in catalogue.tensors if tensor.identity.section is section]
+    objects = [item for item in catalogue.objects if item.identity.section is section]
+    if not tensors and not objects:
+        return
+    size = human_bytes(sum(tensor.nbytes for tensor in tensors))
+    say(f"\n  {section.value}: {len(tensors)} tensors, {size}" + (f", {len(objects)} objects" if objects else ""))
+    kinds: dict[tuple[str, str, str], int] = {}
+    for tensor in tensors:
+        slot = tensor.identity.slot
+        kind = (
+            (re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.key), tensor.dtype.name, str(list(tensor.shape)))
+            if slot is None
+            else (slot, tensor.dtype.name, "of each parameter" if tensor.shape else "[]")
+        )
+        kinds[kind] = kinds.get(kind, 0) + 1
+    shown = list(kinds.items())[:_SHOWN_LINES]
+    width = max((len(name) for (name, _, _), _ in shown), default=0)
+    for (name, dtype, shape), count in shown:
+        say(f"    {name:<{width}}  {dtype:<5} {shape}" + (f" × {count}" if count > 1 else ""))
+    if len(kinds) > len(shown):
+        say(f"    … and {len(kinds) - len(shown)} more kinds of tensors (--json lists all)")
 
 
 def diff_command(
