@@ -1,4 +1,7 @@
-"""Is this layout valid for this checkpoint? Answered from names and shapes, before any job runs."""
+"""Is this layout valid for this checkpoint? Answered from names and shapes, before any job runs.
+
+The same question for a model whose checkpoint is not at hand is :func:`check_config`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ from collections.abc import Iterable, Sequence
 from reshard_service.documents.layout import LayoutDocument
 from reshard_service.errors import LayoutInvalid
 from reshard_service.globs import compile_glob
+from reshard_service.layouts.config_check import check_config
 from reshard_service.layouts.holdings import Holdings, View
 from reshard_service.layouts.layout import Layout, Shape
 from reshard_service.layouts.placements import Innermost, Replicate
 from reshard_service.layouts.problems import LayoutProblem, Severity, nearest_sizes
 from reshard_service.layouts.rules import DATA_PARALLEL_AXES, Placed
 from reshard_service.layouts.splits import DimSplits, Fault
+
+__all__ = ["LayoutProblem", "Severity", "check_config", "check_layout"]
 
 
 def check_layout(
