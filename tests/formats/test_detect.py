@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from reshard_service.catalogue import Catalogue, Section
 from reshard_service.errors import (
@@ -346,3 +346,26 @@ def test_a_file_per_rank_needs_the_layout_that_cut_it(tmp_path: Path) -> None:
     (tmp_path / "x_rank0.bin").write_bytes(b"")
     with pytest.raises(AmbiguousSource, match="name the one file"):
         opened(tmp_path, layout=parse_layout("fsdp=2"))
+
+
+def test_an_object_store_is_looked_at_in_the_same_way(tmp_path: Path) -> None:
+    import fsspec
+
+    from reshard_service.storage.uri import open_storage
+
+    store = fsspec.filesystem("memory")
+    root = f"detect-{tmp_path.name}"
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for (name, tensor), file in zip(MODEL.items(), names, strict=True):
+        store.pipe(f"/{root}/step-1/{file}", save({name: tensor}))
+    index = {"weight_map": dict(zip(MODEL, names, strict=True))}
+    store.pipe(f"/{root}/step-1/model.safetensors.index.json", json.dumps(index).encode())
+    store.pipe(f"/{root}/step-2/.metadata.tmp", b"")
+    catalogue = open_checkpoint(open_storage(f"memory://{root}"), OpenOptions(step="latest"))
+    assert catalogue.uri == f"memory://{root}/step-1"
+    assert [entry.path for entry in catalogue.files] == names
+    assert codes(catalogue) == ["step_skipped"]
+    with pytest.raises(AmbiguousSource, match="step-1, step-2"):
+        open_checkpoint(open_storage(f"memory://{root}"), OpenOptions())
+    with pytest.raises(SourceNotFound):
+        open_checkpoint(open_storage(f"memory://{root}/absent"), OpenOptions())
