@@ -26,7 +26,7 @@ def join_metadata(parts: Sequence[MetadataFile]) -> DcpMetadata:
     """Tie chunks to places over one metadata file, or over all ranks' in rank order.
 
     Raises :class:`SourceCorrupt` naming the tensor where the two sides disagree, :class:`UnsafeSource` for absurd
-    shapes, :class:`CoverageError` for a chunk that two different items claim to hold.
+    shapes, :class:`CoverageError` for a chunk that reaches out of its tensor or that two different items claim to hold.
     """
     return _Joining(parts).result()
 
@@ -146,10 +146,11 @@ class _Joining:
         if len(rows):
             row, t = int(rows[0]), int(all_tensors[rows[0]])
             rank = len(self.shapes[t])
-            self._corrupt(
-                t,
-                f"has a chunk at {all_offsets[row, :rank].tolist()} of sizes {all_sizes[row, :rank].tolist()}, which "
-                f"reaches out of its shape {list(self.shapes[t])}",
+            raise CoverageError(
+                f"tensor {self.keys[t]!r}: its chunk at {all_offsets[row, :rank].tolist()} of sizes "
+                f"{all_sizes[row, :rank].tolist()} reaches out of its shape {list(self.shapes[t])}",
+                tensor=self.keys[t],
+                file=self._file(),
             )
         return all_tensors, all_offsets, all_sizes
 
