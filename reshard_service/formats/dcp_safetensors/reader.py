@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from reshard_service.catalogue import Catalogue, Chunks, Notice, Section, Tensor, build_chunks
@@ -135,6 +136,9 @@ class _Gathered:
             self.rows.append((tensor, offsets, sizes, file, int(header.starts[at]), int(header.lengths[at])))
 
     def tensors(self, key_prefix: str | None) -> tuple[Tensor, ...]:
+        for name, shape, dtype in zip(self.number, self.shapes, self.dtypes, strict=True):
+            if prod(shape) * dtype.itemsize > MAX_DIM:
+                raise SourceCorrupt(f"tensor {name!r} would have the impossible shape {shape}", tensor=name)
         found = identities(self.number, key_prefix)
         return tuple(
             Tensor(name, identity, self.dtypes[i], tuple(self.shapes[i]), path)

@@ -179,6 +179,7 @@ def test_a_consolidated_file_beside_the_shards_is_not_read_twice(saved: Path) ->
         ('{"w": {"saved_offsets": [0, -1]}}', "no position"),
         ('{"w": {"saved_offsets": [0, 1.0]}}', "no position"),
         ('{"w": {"saved_offsets": [0, 99999999999999999999]}}', "no position"),
+        ('{"w": {"saved_offsets": [4611686018427387900, 0]}}', "impossible shape"),
         ('{"w": {"saved_offsets": [0, 0]}, "w": {"saved_offsets": [2, 0]}}', "twice"),
         ('{"w": {"saved_offsets": [0, 0]}, "x": {"saved_offsets": [0]}}', "'x', which the file lacks"),
     ],
