@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from reshard_service.manifest import Hasher, SegmentRow, digest_bytes, new_hasher
+from reshard_service.storage.base import ByteReader
 
 try:
     from isal.isal_zlib import crc32 as crc32
@@ -65,3 +66,13 @@ class RunningSegments:
 def segment_of(start: int, data: memoryview, algorithm: str) -> SegmentRow:
     """The digest of bytes that are at hand whole."""
     return start, len(data), digest_bytes(data, algorithm)
+
+
+def read_digest(reader: ByteReader, start: int, length: int, block: memoryview, algorithm: str) -> str:
+    """The digest of stored bytes, read again a ``block`` at a time."""
+    hasher = new_hasher(algorithm)
+    for at in range(0, length, len(block)):
+        piece = block[: min(len(block), length - at)]
+        reader.read_into(start + at, piece)
+        hasher.update(piece)
+    return hasher.hexdigest()

@@ -16,6 +16,12 @@ from reshard_service.formats.target import OutputFile
 from reshard_service.manifest import SegmentRow
 from reshard_service.storage.local import target_error
 
+DIRECT_BYTES = 64 << 10
+"""Shorter runs go through the page cache: a direct write waits for the disk, which many small ones can't afford."""
+
+SYNC_BYTES = 64 << 20
+"""Smaller files are not synced one by one but together, before the commit."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -75,7 +81,7 @@ class OutputFiles:
     ) -> None:
         """``names(i)`` is the temporary name of file ``i``; ``claimed_bytes[i]`` how much will be written.
 
-        ``finished(i, segments)`` is called once per file, synced and closed, with its digests in file order.
+        ``finished(i, segments)`` is called once per file, closed, with its digests in file order.
         """
         self._folder = folder
         self._names = names
@@ -144,7 +150,8 @@ class OutputFiles:
             if opened.missing > 0:
                 return
         try:
-            os.fsync(opened.cached)
+            if self._files[file].bytes >= SYNC_BYTES:
+                os.fsync(opened.cached)
         except OSError as error:
             raise target_error(error, f"syncing {self._files[file].path!r}") from None
         self._close(opened)
@@ -193,7 +200,8 @@ class LocalSink(RunSink):
             self._files.put(file, start, buffer.view[at : at + lead], direct=False)
         pages = (length - lead) // PAGE * PAGE
         if pages:
-            self._files.put(file, start + lead, buffer.view[at + lead : at + lead + pages], direct=True)
+            whole = buffer.view[at + lead : at + lead + pages]
+            self._files.put(file, start + lead, whole, direct=pages >= DIRECT_BYTES)
         rest_length = length - lead - pages
         if rest_length:
             end = at + length

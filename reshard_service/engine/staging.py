@@ -13,13 +13,15 @@ import os
 import shutil
 from pathlib import Path
 
+from reshard_service.engine.checksums import read_digest
 from reshard_service.engine.claims import Claims
 from reshard_service.engine.rename import rename_no_replace
 from reshard_service.errors import TargetReadOnly
 from reshard_service.formats.target import OutputFile
 from reshard_service.manifest import MANIFEST_NAME, SegmentRow
-from reshard_service.storage.local import sync_folder, target_error
+from reshard_service.storage.local import LocalReader, sync_file_system, target_error
 
+_BLOCK = 4 << 20
 _RECEIPTS = ".receipts"
 _CLAIMS = ".claims"
 
@@ -50,24 +52,46 @@ class Staging:
         """Name of a file while this attempt writes it."""
         return f"{file.path}.e{self._claims.epoch}"
 
-    def receipts(self, files: tuple[OutputFile, ...]) -> dict[int, list[SegmentRow]]:
-        """Files that an earlier attempt finished, with their digests."""
+    def receipts(
+        self, files: tuple[OutputFile, ...], claimed: list[int], algorithm: str
+    ) -> dict[int, list[SegmentRow]]:
+        """Files that an earlier attempt finished, with their digests, which are checked against what lies there.
+
+        ``claimed[i]`` is how many bytes of file ``i`` have to have a digest.
+        """
         found = {}
         for number, file in enumerate(files):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 receipt = json.loads((self.folder / _RECEIPTS / f"{number}.json").read_bytes())
-                if receipt["path"] == file.path and (self.folder / file.path).stat().st_size == file.bytes:
-                    found[number] = [(int(s), int(n), str(d)) for s, n, d in receipt["segments"]]
+                segments = [(int(s), int(n), str(d)) for s, n, d in receipt["segments"]]
+                if receipt["path"] == file.path and self._holds(file, segments, claimed[number], algorithm):
+                    found[number] = segments
         return found
 
+    def _holds(self, file: OutputFile, segments: list[SegmentRow], claimed: int, algorithm: str) -> bool:
+        path = self.folder / file.path
+        if path.stat().st_size != file.bytes or sum(length for _, length, _ in segments) != claimed:
+            return False
+        block = memoryview(bytearray(_BLOCK))
+        reader = LocalReader(path, file.path)
+        try:
+            return all(read_digest(reader, start, n, block, algorithm) == digest for start, n, digest in segments)
+        finally:
+            reader.close()
+
     def finish(self, number: int, file: OutputFile, segments: list[SegmentRow]) -> None:
-        """A file is complete and synced: give it its name, then its receipt."""
+        """A file is complete: give it its name, then its receipt.
+
+        Nothing is made durable here, which for hundreds of files would take longer than the copying: the next attempt
+        reads a file again before it believes a receipt, and the commit syncs everything.
+        """
         self._claims.check()
         try:
             os.replace(self.folder / self.working_name(file), self.folder / file.path)
-            sync_folder((self.folder / file.path).parent)
             receipt = self.folder / _RECEIPTS / f"{number}.json"
-            self._write(receipt, json.dumps({"path": file.path, "segments": segments}).encode())
+            unfinished = receipt.with_suffix(f".e{self._claims.epoch}")
+            unfinished.write_bytes(json.dumps({"path": file.path, "segments": segments}).encode())
+            os.replace(unfinished, receipt)
         except OSError as error:
             raise target_error(error, f"finishing {file.path!r}") from None
 
@@ -93,7 +117,7 @@ class Staging:
         try:
             for extra in (_RECEIPTS, _CLAIMS):
                 shutil.rmtree(self.folder / extra, ignore_errors=True)
-            sync_folder(self.folder)
+            sync_file_system(self.folder)
             aside = self._move_aside() if replace else None
             if self.single_file:
                 manifest = self.target.with_name(f"{self.target.name}.reshard.json")

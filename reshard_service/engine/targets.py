@@ -116,13 +116,13 @@ class LocalTarget:
         self._staging = Staging(self.path, self.plan_digest, single_file=self.single_file)
         self._staging.begin()
         self.scratch = self._staging.folder
-        self._finished = self._staging.receipts(design.files)
         self._inserts = _inserts(design, source, algorithm)
         claimed = [0] * len(design.files)
         for file, length in zip(design.chunks.file.tolist(), array_lengths(design.chunks).tolist(), strict=True):
             claimed[file] += length
         for file, waiting in self._inserts.items():
             claimed[file] += sum(length for _, length, _ in waiting)
+        self._finished = self._staging.receipts(design.files, claimed, algorithm)
         self._files = OutputFiles(
             self._staging.folder,
             lambda number: self._staging.working_name(design.files[number]),

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from reshard_service.catalogue import Notice
+from reshard_service.engine.checksums import read_digest
 from reshard_service.errors import InputRefused, NotACheckpoint, SourceCorrupt, StorageFailed
 from reshard_service.manifest import (
     MANIFEST_NAME,
@@ -15,10 +16,9 @@ from reshard_service.manifest import (
     SegmentRow,
     digest_segments,
     manifest_path,
-    new_hasher,
     parse_manifest,
 )
-from reshard_service.storage.base import ByteReader, Storage
+from reshard_service.storage.base import Storage
 
 _BLOCK = 4 << 20
 
@@ -102,7 +102,7 @@ def _faults_of_segments(
             if start < 0 or length < 0 or start + length > file.bytes:
                 yield Notice("manifest_damaged", f"a segment at {start} reaches out of the file", file.path)
                 continue
-            found = _digest(reader, start, length, block, algorithm)
+            found = read_digest(reader, start, length, block, algorithm)
             progress(length)
             if found != digest:
                 yield Notice(
@@ -113,15 +113,6 @@ def _faults_of_segments(
                 )
     finally:
         reader.close()
-
-
-def _digest(reader: ByteReader, start: int, length: int, block: memoryview, algorithm: str) -> str:
-    hasher = new_hasher(algorithm)
-    for at in range(0, length, len(block)):
-        piece = block[: min(len(block), length - at)]
-        reader.read_into(start + at, piece)
-        hasher.update(piece)
-    return hasher.hexdigest()
 
 
 def check_staged(storage: Storage, manifest: Manifest, data_files: int, choice: str) -> None:
