@@ -10,7 +10,7 @@ import typer
 
 from reshard_service.cli.options import Json
 from reshard_service.cli.output import print_json, say
-from reshard_service.errors import UsageError
+from reshard_service.errors import LayoutInvalid, UsageError
 
 layout_app = typer.Typer(help="Questions about layouts.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -38,7 +38,10 @@ def check_command(
     catalogue = _catalogue(model)
     if config is None and catalogue is None:
         raise UsageError(f"--model {model!r} is neither a config.json nor a checkpoint")
-    parsed = parse_layout(layout, rules_known=True)
+    try:
+        parsed = parse_layout(layout, rules_known=True)
+    except LayoutInvalid as error:
+        return _contradicts_itself(error, json)
     problems = [] if config is None else list(check_config(parsed, config))
     if catalogue is not None and (parsed.document.rules or config is None):
         problems += check_layout(parsed, [(tensor.identity.fqn, tensor.shape) for tensor in catalogue])
@@ -60,6 +63,16 @@ def check_command(
     for problem in problems:
         say(f"  {problem.severity}: {problem.name}: {problem.reason}" + (f" ({problem.fix})" if problem.fix else ""))
     return 1 if bad else 0
+
+
+def _contradicts_itself(error: LayoutInvalid, json: bool) -> int:
+    """A layout that is valid for no model at all."""
+    if json:
+        problem = {"code": error.code, "severity": "error", "name": "layout", "reason": error.message, "fix": error.hint}
+        print_json({"valid": False, "world": None, "checked": "the layout itself", "problems": [problem]})
+    else:
+        say(f"INVALID: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+    return 1
 
 
 def _document(problem: Any) -> dict[str, Any]:
