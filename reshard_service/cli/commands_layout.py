@@ -68,7 +68,8 @@ def check_command(
 def _contradicts_itself(error: LayoutInvalid, json: bool) -> int:
     """A layout that is valid for no model at all."""
     if json:
-        problem = {"code": error.code, "severity": "error", "name": "layout", "reason": error.message, "fix": error.hint}
+        problem = {"code": error.code, "severity": "error", "name": "layout", "reason": error.message}
+        problem |= {"fix": error.hint} if error.hint else {}
         print_json({"valid": False, "world": None, "checked": "the layout itself", "problems": [problem]})
     else:
         say(f"INVALID: {error.message}" + (f" ({error.hint})" if error.hint else ""))
