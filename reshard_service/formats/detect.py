@@ -26,7 +26,7 @@ Opener = Callable[[Storage, "OpenOptions"], Catalogue]
 LAYOUT_NAME = "reshard.layout.json"
 
 _PER_RANK_METADATA = re.compile(r"__\d+\.metadata\Z")
-_DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors\Z")
+_DISTRIBUTED_SHARD = re.compile(r"shard-\d{5,9}-model-\d{5,9}-of-\d{5,9}\.safetensors\Z")
 _RANK_FILE = re.compile(r"model-rank-\d+-part-\d+\.safetensors\Z")
 _TORCH_WEIGHTS = re.compile(r"(?P<stem>.+)\.(bin|pt|pth)\Z")
 _MANIFEST_FORMAT = re.compile(rb'\s*\{\s*"version"\s*:\s*\d+\s*,\s*"format"\s*:\s*"([a-z-]{1,40})"')
