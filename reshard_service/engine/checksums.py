@@ -39,7 +39,10 @@ class RunningSegments:
     _hash: Hasher | None = None
     _filled: int = 0
 
-    def add(self, data: memoryview) -> None:
+    def add(self, start: int, data: memoryview) -> None:
+        """Take the next bytes, which lie at ``start`` of the file."""
+        if start != self.start + self._filled:
+            raise AssertionError(f"bytes at {start} came before those at {self.start + self._filled}")
         while len(data):
             room = SEGMENT_BYTES - self._filled
             if self._hash is None:

@@ -92,7 +92,7 @@ def execute(
 
 def _small_file(path: str, data: bytes, algorithm: str) -> ManifestFile:
     running = RunningSegments(0, algorithm)
-    running.add(memoryview(data))
+    running.add(0, memoryview(data))
     return manifest_file(path, len(data), running.finish(), algorithm)
 
 

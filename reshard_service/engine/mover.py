@@ -297,7 +297,7 @@ class Mover:
         running = self._segments.get(piece.row)
         if running is None:
             running = self._segments[piece.row] = RunningSegments(piece.start, self._algorithm)
-        running.add(data)
+        running.add(piece.start, data)
         if span.start + span.length == span.array_bytes:
             del self._segments[piece.row]
             self._sink.add_segments(piece.file, running.finish())

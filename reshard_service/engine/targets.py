@@ -61,7 +61,7 @@ class Target(Protocol):
 def produce_literal(literal: Literal, algorithm: str) -> Callable[[Put], list[SegmentRow]]:
     def produce(put: Put) -> list[SegmentRow]:
         running = RunningSegments(literal.start, algorithm)
-        running.add(memoryview(literal.data))
+        running.add(literal.start, memoryview(literal.data))
         put(memoryview(literal.data))
         return running.finish()
 
@@ -77,7 +77,7 @@ def produce_object(copy: ObjectCopy, source: Source, algorithm: str) -> Callable
         for at in range(0, copy.source.length, _BLOCK):
             piece = block[: min(_BLOCK, copy.source.length - at)]
             source.read_into(copy.source.file, copy.source.start + at, piece)
-            running.add(piece)
+            running.add(copy.start + at, piece)
             put(piece)
         return running.finish()
 
