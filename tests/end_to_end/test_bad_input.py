@@ -78,6 +78,15 @@ def test_a_spoilt_index_is_refused(
     _assert_refused(source, out, code, *words)
 
 
+def test_a_hub_cache_is_made_of_links_and_not_refused(tmp_path: Path, out: Path) -> None:
+    blobs, snapshot = tmp_path / "models--some--one" / "blobs", tmp_path / "models--some--one" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "0123").write_bytes(damage.good_safetensors())
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
+    reshard("convert", snapshot, out / "w.safetensors").succeeded()
+
+
 @pytest.mark.parametrize("rank", ["00001", "00002", "00003"])
 def test_a_distributed_folder_without_one_ranks_file_is_refused(
     rank: str, checkpoints: Checkpoints, tmp_path: Path, out: Path

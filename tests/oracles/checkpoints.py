@@ -35,6 +35,15 @@ class Checkpoints:
         """``torch.save`` file ``{"model": {fqn: tensor}, "optim": {"state": …, "param_groups": …}}``, gathered."""
         return self.root / run.name / "truth.pt"
 
+    @property
+    def of_all_dtypes(self) -> Path:
+        """DCP ``{"model": …}`` of three ranks with every dtype, empty shards, scalars and odd strides."""
+        return self.root / "dtypes" / "nested"
+
+    @property
+    def truth_of_all_dtypes(self) -> Path:
+        return self.root / "dtypes" / "truth.pt"
+
     def losses(self, run: Run) -> Path:
         """JSON list: the losses of the next two steps, uninterrupted."""
         return self.root / run.name / "losses.json"
@@ -47,6 +56,7 @@ def make_checkpoints(root: Path) -> None:
         Task(f"initial-{model}", 1, "saving:save_initial", {"model": model, "folder": str(checkpoints.initial(model))})
         for model in MODELS
     ]
+    (root / "dtypes").mkdir(exist_ok=True)
     for run in TRAINED:
         (root / run.name).mkdir(exist_ok=True)
         arguments = {
@@ -57,5 +67,6 @@ def make_checkpoints(root: Path) -> None:
             "extras": _EXTRAS.get(run.name, []),
         }
         tasks.append(Task(run.name, run.world, "saving:save_run", arguments))
+    tasks.append(Task("dtypes", 3, "saving:save_dtypes", {"folder": str(root / "dtypes")}))
     for outcome in run_gangs(tasks).values():
         outcome.result()

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -87,6 +88,14 @@ def full_state(model: Any, optimizer: torch.optim.Optimizer) -> State:
     }
 
 
-def local(value: Any) -> Any:
-    """What this rank holds of a tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
+def sharded(full: torch.Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
+    """``full`` split along a dim as ``torch.chunk`` does; nothing is sent, since gloo can't send every dtype."""
+    pieces = full.chunk(mesh.size(), dim)
+    empty = full.narrow(dim, 0, 0)
+    piece = pieces[mesh.get_local_rank()] if mesh.get_local_rank() < len(pieces) else empty
+    return DTensor.from_local(piece.clone(), mesh, [Shard(dim)], shape=full.shape, stride=full.stride())
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor of any dtype, row-major."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
