@@ -76,4 +76,5 @@ class Connection:
             raise self.translated(error, what, file=file, writing=writing) from None
 
     def translated(self, error: BaseException, what: str, *, file: str, writing: bool) -> Exception:
-        return storage_error(error, what, file=file, writing=writing, secrets=self._secrets)
+        # The URI holds no secrets: userinfo and query are refused before it comes here.
+        return storage_error(error, f"{what} at {self._uri}", file=file, writing=writing, secrets=self._secrets)
