@@ -12,7 +12,6 @@ from reshard_service.conversion.tied import drop_tied_output
 from reshard_service.documents.job import (
     JobDocument,
     LayoutSpec,
-    OptionsDocument,
     SourceDocument,
     TargetDocument,
     parse_size,
@@ -35,7 +34,6 @@ from reshard_service.storage.base import Storage
 from reshard_service.storage.uri import CLI_POLICY, UriPolicy, open_storage
 
 LAYOUT_FORMATS = ("dcp", "dcp-safetensors", "rank-safetensors")
-_REMOTE_THREADS = 8
 _POLL_SECONDS = 1.0
 
 
@@ -151,7 +149,8 @@ def prepare_target(
         layout = _bound(layout, selected.selection)
     options = WriteOptions(max_shard_bytes=parse_size(target.max_shard_size), single_file=place.single_file)
     design = WRITERS[target.format](selected.selection, layout, options)
-    budget = budget_for(job.options, remote=not (place.storage.is_local and source.storage.is_local))
+    remote = not (place.storage.is_local and source.storage.is_local)
+    budget = default_budget(job.options.threads, remote=remote)
     side_files = () if place.single_file is not None else side_files
     plan = make_plan(
         source,
@@ -162,11 +161,6 @@ def prepare_target(
         options_key=_options_key(target, layout, side_files),
     )
     return Prepared(target, place, layout, selected, plan, budget, side_files)
-
-
-def budget_for(options: OptionsDocument, *, remote: bool) -> Budget:
-    """Threads and buffers of a worker: more threads where each waits for a network."""
-    return default_budget(options.threads or (_REMOTE_THREADS if remote else None))
 
 
 def _target_layout(target: TargetDocument) -> Layout | None:
