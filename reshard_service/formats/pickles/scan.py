@@ -28,16 +28,17 @@ class PickleLimits:
 DEFAULT_LIMITS = PickleLimits()
 
 # An abstract stack value is an int: the cost of using it as a dict key in the low 32 bits, its tuple depth above, and
-# two flags for what BUILD, REDUCE and NEWOBJ may be applied to. A string costs 1. Numbers whose hash an attacker can
-# choose, and tuples (whose hash is computed anew each time, through everything they share), cost more; all keys of a
-# pickle together may cost many times what a real one's do, and no more, so that colliding keys can't take hours.
+# two flags for what BUILD, REDUCE and NEWOBJ may be applied to. Numbers whose hash an attacker can choose, and tuples
+# (whose hash is computed anew each time, through everything they share), cost something as keys; all keys of a pickle
+# together may cost what 7,800 such keys do, so that colliding ones take a second, not hours. Strings are free: their
+# hash is salted.
 _DEPTH = 1 << 32
 _PLAIN = (1 << 62) - 1
 _GLOBAL = 1 << 62
 _INSTANCE = 1 << 63
 _ATOM = 1
-_CHOSEN = 16
-_KEYS_COST = 1_000_000
+_CHOSEN = 64
+_KEYS_COST = 500_000
 
 # Argument bytes of the opcodes that push one atom.
 _ATOMS = {
@@ -90,7 +91,7 @@ def _walk(data: bytes, file: str, persistent: bool, limits: PickleLimits) -> int
     memo: list[int] = []
     position, end, count = 0, len(data), 0
     deepest, most = limits.tuple_depth * _DEPTH, limits.tuple_cost
-    keys = -(_KEYS_COST + end)
+    keys = -_KEYS_COST
 
     def corrupt(what: str) -> Never:
         raise SourceCorrupt(f"the pickle in {file!r} {what}, at byte {position}", file=file)
@@ -120,7 +121,7 @@ def _walk(data: bytes, file: str, persistent: bool, limits: PickleLimits) -> int
         return made + cost
 
     def keyed(values: list[int]) -> int:
-        cost = sum([value & (_DEPTH - 1) for value in values])
+        cost = sum([cost for value in values if (cost := value & (_DEPTH - 1)) > _ATOM])
         if keys + cost > 0:
             unsafe("uses dict keys that cost too much to look up")
         return cost
