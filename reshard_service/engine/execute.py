@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from reshard_service.engine.checksums import RunningSegments
 from reshard_service.engine.mover import Mover
 from reshard_service.engine.source import Source
-from reshard_service.engine.targets import Target
+from reshard_service.engine.targets import Finished, Target, design_bytes_of_files
 from reshard_service.errors import Cancelled
 from reshard_service.manifest import ALGORITHM, Manifest, ManifestFile, manifest_file
 from reshard_service.planning.batches import Batch
@@ -61,6 +61,7 @@ def execute(
             target.write_small(path, data)
         closing = [(file.path, file.make()) for file in plan.design.closing]
         finished = target.finished()
+        _require_digests(plan, finished)
         manifest = Manifest(
             format=plan.design.format,
             algorithm=algorithm,
@@ -88,6 +89,14 @@ def execute(
         seconds=time.monotonic() - started,
         manifest=manifest,
     )
+
+
+def _require_digests(plan: Plan, finished: Finished) -> None:
+    """Every byte that is no padding has a digest; anything else would be a manifest that proves nothing."""
+    for number, claimed in enumerate(design_bytes_of_files(plan.design)):
+        digested = sum(length for _, length, _ in finished[number])
+        if digested != claimed:
+            raise AssertionError(f"{plan.design.files[number].path!r}: {digested} of {claimed} bytes have a digest")
 
 
 def _small_file(path: str, data: bytes, algorithm: str) -> ManifestFile:

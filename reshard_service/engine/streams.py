@@ -61,7 +61,7 @@ class StreamSink(RunSink):
             self._stream = None
 
     def _open(self, file: int) -> None:
-        self._file, self._at, self._segments = file, 0, []
+        self._file, self._at = file, 0
         self._stream = self._storage.create(self._design.files[file].path)
 
     def _close(self) -> None:
@@ -70,7 +70,7 @@ class StreamSink(RunSink):
         self._fill_up_to(self._design.files[self._file].bytes)
         self._stream.close()
         self._finished(self._file, sorted(self._segments))
-        self._file, self._stream = None, None
+        self._file, self._stream, self._segments = None, None, []
 
     def _put(self, data: memoryview) -> None:
         if self._stream is not None:

@@ -84,6 +84,18 @@ def produce_object(copy: ObjectCopy, source: Source, algorithm: str) -> Callable
     return produce
 
 
+def design_bytes_of_files(design: Design) -> list[int]:
+    """Per file how many of its bytes something claims: all but padding."""
+    claimed = [0] * len(design.files)
+    for file, length in zip(design.chunks.file.tolist(), array_lengths(design.chunks).tolist(), strict=True):
+        claimed[file] += length
+    for literal in design.literals:
+        claimed[literal.file] += len(literal.data)
+    for copy in design.objects:
+        claimed[copy.file] += copy.source.length
+    return claimed
+
+
 def _inserts(design: Design, source: Source, algorithm: str) -> Inserts:
     inserts: Inserts = {}
     for literal in design.literals:
@@ -117,11 +129,7 @@ class LocalTarget:
         self._staging.begin()
         self.scratch = self._staging.folder
         self._inserts = _inserts(design, source, algorithm)
-        claimed = [0] * len(design.files)
-        for file, length in zip(design.chunks.file.tolist(), array_lengths(design.chunks).tolist(), strict=True):
-            claimed[file] += length
-        for file, waiting in self._inserts.items():
-            claimed[file] += sum(length for _, length, _ in waiting)
+        claimed = design_bytes_of_files(design)
         self._finished = self._staging.receipts(design.files, claimed, algorithm)
         self._files = OutputFiles(
             self._staging.folder,

@@ -49,6 +49,8 @@ def batches_by_file(
 
     ``source_scale[row]`` is source bytes per target byte of a row, so that casts are counted right.
     """
+    if len(file_of_row) == 0:
+        return ()  # nothing but objects
     order = np.lexsort((start_of_row, file_of_row))
     _, begins = np.unique(file_of_row[order], return_index=True)
     ends = [*begins[1:].tolist(), len(order)]

@@ -32,8 +32,8 @@ class Budget:
 def default_budget(threads: int | None = None, *, remote: bool = False) -> Budget:
     """``min(4, cores)`` threads unless told otherwise (decision 23).
 
-    A remote store has four, which mostly wait, with smaller buffers: its driver holds parts on their way as well.
+    A remote store has three, which mostly wait, with smaller buffers: its driver holds parts on their way as well.
     """
     if remote:
-        return Budget(threads=threads or 4, staging_bytes=4 << 20, output_bytes=6 << 20)
+        return Budget(threads=threads or 3, staging_bytes=4 << 20, output_bytes=6 << 20)
     return Budget(threads=threads or min(4, os.cpu_count() or 1))

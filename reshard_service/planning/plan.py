@@ -147,7 +147,11 @@ class _Proof:
         )
         if fault is not None:
             return fault
-        target_sizes = self._design.chunks.sizes[self._design.chunks.rows(t)]
+        wanted, chunks = self._design.chunks.rows(t), self._design.chunks
+        target_sizes = chunks.sizes[wanted]
+        fault = tiling_fault(self._design.tensors[t].shape, chunks.offsets[wanted], target_sizes)
+        if fault is not None:
+            return f"the target would not hold it whole: {fault}"
         missing = uncovered_target(target_sizes, pattern.target, pattern.volumes())
         return (
             None
@@ -166,7 +170,8 @@ def array_lengths(chunks: Chunks) -> Int64s:
     lengths = chunks.length.astype(np.int64)
     if chunks.stored is None:
         return lengths
-    place = np.stack([chunks.file.astype(np.int64), chunks.start], axis=1)
+    # With the length, since an array without elements lies where the next one begins.
+    place = np.stack([chunks.file.astype(np.int64), chunks.start, lengths], axis=1)
     _, first = np.unique(place, axis=0, return_index=True)
     own = np.zeros_like(lengths)
     own[first] = lengths[first]
@@ -189,16 +194,15 @@ def _file_batches(source: Catalogue, design: Design) -> tuple[Batch, ...]:
         tensor_of_row,
         design.chunks.file.astype(np.int64),
         design.chunks.start,
-        design.chunks.length,
+        array_lengths(design.chunks),
         scale[tensor_of_row],
     )
 
 
 def _table_bytes(chunks: Chunks) -> int:
-    return sum(
-        column.nbytes
-        for column in (chunks.offsets, chunks.sizes, chunks.file, chunks.start, chunks.length, chunks.storing)
-    )
+    columns = (chunks.offsets, chunks.sizes, chunks.file, chunks.start, chunks.length, chunks.storing)
+    optional = (chunks.crc, chunks.local, chunks.stored)
+    return sum(column.nbytes for column in (*columns, *optional) if column is not None)
 
 
 def _digest(source: Catalogue, design: Design, options_key: str) -> str:
@@ -206,9 +210,10 @@ def _digest(source: Catalogue, design: Design, options_key: str) -> str:
     digest.update(source.metadata_digest.encode())
     digest.update(json.dumps([(entry.path, entry.bytes, entry.identity) for entry in source.files]).encode())
     digest.update(options_key.encode())
-    tensors = [(tensor.key, tensor.dtype.name, tensor.shape) for tensor in design.tensors]
+    tensors = [(tensor.key, tensor.dtype.name, tensor.shape, tensor.path) for tensor in design.tensors]
     files = [(file.path, file.bytes) for file in design.files]
-    digest.update(json.dumps([design.format, tensors, files]).encode())
+    objects = [(copy.source.key, copy.source.path, copy.file, copy.start) for copy in design.objects]
+    digest.update(json.dumps([design.format, design.world, tensors, files, objects]).encode())
     chunks = design.chunks
     for column in (design.sources, chunks.first, chunks.offsets, chunks.sizes, chunks.file, chunks.start):
         digest.update(np.ascontiguousarray(column).tobytes())
