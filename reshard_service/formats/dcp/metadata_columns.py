@@ -164,6 +164,7 @@ def child_main(memory_bytes: int, cpu_seconds: int) -> None:
     _limit(memory_bytes, cpu_seconds)
     gc.disable()
     out = sys.stdout.buffer
+    no_memory = _failure("memory")  # made while there is memory
     try:
         unpickler = MetadataUnpickler(sys.stdin.buffer)
         fields = _load(unpickler, sys.stdin.buffer)
@@ -171,14 +172,17 @@ def child_main(memory_bytes: int, cpu_seconds: int) -> None:
         out.flush()
         os._exit(0)
     except ForbiddenGlobal as error:
-        failure = ("global", str(error))
+        answer = _failure("global", str(error))
     except MemoryError:
-        failure = ("memory", "")
+        answer = no_memory
     except Exception as error:
-        failure = ("corrupt", f"{type(error).__name__}: {str(error)[:400]}")
-    out.write(json.dumps({"error": failure[0], "what": failure[1]}).encode() + b"\n")
-    out.flush()
+        answer = _failure("corrupt", f"{type(error).__name__}: {str(error)[:400]}")
+    os.write(out.fileno(), answer)
     os._exit(3)
+
+
+def _failure(kind: str, what: str = "") -> bytes:
+    return json.dumps({"error": kind, "what": what}).encode() + b"\n"
 
 
 def _limit(memory_bytes: int, cpu_seconds: int) -> None:
