@@ -36,6 +36,7 @@ class _Joining:
 
     def __init__(self, parts: Sequence[MetadataFile]) -> None:
         self.parts = parts
+        self.paths = self._joined_paths()
         self.texts: dict[str, int] = {}
         self.numbers = [self._number_texts(part) for part in parts]
         self.names = list(self.texts)
@@ -114,7 +115,7 @@ class _Joining:
         ``planner_data`` keeps that order. ``state_dict_metadata`` does not: torch 2.13 fills it rank by rank after it
         has spread replicated tensors over the ranks, so what rank 0 need not write comes late.
         """
-        positions = {key: i for i, key in enumerate(self._paths() or ())}
+        positions = {key: i for i, key in enumerate(self.paths or ())}
         return sorted(range(len(keys)), key=lambda tensor: positions.get(keys[tensor], len(positions)))
 
     def _absurd(self, tensor: int) -> Never:
@@ -175,6 +176,8 @@ class _Joining:
             }
             of_row = self.tensor_of_text[keys]
             is_object = of_row < 0
+            rank_of_row = np.zeros_like(ranks)
+            rank_of_row[~is_object] = self.rank_of[of_row[~is_object]]
             known = {self.names[number] for number in numbers[columns["object_key"]].tolist()}
             for row in np.flatnonzero(is_object).tolist():
                 key = self.names[keys[row]]
@@ -190,7 +193,7 @@ class _Joining:
                 raise CheckpointIncomplete(
                     f"{part.name!r} lists the object {key!r} but not where it is stored", tensor=key, file=part.name
                 )
-            wrong = np.flatnonzero(~is_object & (ranks >= 0) & (ranks != self.rank_of[of_row]))
+            wrong = np.flatnonzero(~is_object & (ranks >= 0) & (ranks != rank_of_row))
             if len(wrong):
                 self._corrupt(int(of_row[wrong[0]]), "has a stored chunk whose offset has another number of dims")
             if (is_object & (ranks > 0)).any():
@@ -252,7 +255,7 @@ class _Joining:
                 StoredObject(found.key, number, found.start, found.length, found.transforms)
                 for found, number in zip(objects, file[len(rows) :].tolist(), strict=True)
             ),
-            paths=self._paths(),
+            paths=self.paths,
             planner=next((part.planner for part in self.parts if part.planner), None),
             version=self.parts[0].version,
             other_fields=self.parts[0].other_fields,
@@ -291,12 +294,20 @@ class _Joining:
             )
         self._corrupt(t, f"has an item stored for a chunk at {offset} that it does not have")
 
-    def _paths(self) -> dict[str, Path] | None:
+    def _joined_paths(self) -> dict[str, Path] | None:
         if any(part.paths is None for part in self.parts):
             return None
         merged: dict[str, Path] = {}
         for part in self.parts:
             merged.update(part.paths or {})
+        for key, path in merged.items():  # as torch's flatten_state_dict makes them; no checksum guards this file
+            if ".".join(map(str, path)) != key:
+                raise SourceCorrupt(
+                    f"{self._file()!r} says that {key!r} lies at {'.'.join(map(str, path))!r} of the state dict",
+                    tensor=key,
+                    file=self._file(),
+                    hint="the metadata is damaged; copy it again from its origin",
+                )
         return merged
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -137,7 +138,14 @@ def _small_member(storage: Storage, path: str, archive: Archive, name: str, most
             f"{name!r} in {archive.file!r} has {member.bytes} bytes; at most {most} are read", file=path
         )
     start = archive.data_starts(storage, path, [member])[0]
-    return storage.read_bytes(path, start, member.bytes)
+    content = storage.read_bytes(path, start, member.bytes)
+    if member.crc and zlib.crc32(content) != member.crc:
+        raise SourceCorrupt(
+            f"{name!r} in {archive.file!r} does not match its CRC32",
+            file=path,
+            hint="copy the file again from its origin",
+        )
+    return content
 
 
 def _member_of(archive: Archive, key: str, array: StoredArray) -> Member:

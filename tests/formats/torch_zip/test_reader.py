@@ -376,3 +376,11 @@ def test_a_mutated_file_is_refused_or_opened_never_worse(edits: list[tuple[int, 
     chunks = catalogue.chunks
     assert (chunks.start >= 0).all()
     assert (chunks.start + chunks.length <= len(data)).all()
+
+
+def test_a_flipped_bit_in_the_pickle_fails_its_checksum(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"first.weight": torch.ones(2), "second.weight": torch.zeros(3)})
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"second.weight", b"third_.weight"))
+    with pytest.raises(SourceCorrupt, match=r"'data\.pkl'.*CRC32"):
+        open_file(path)
