@@ -51,12 +51,15 @@ def strip_wrappers(fqn: str) -> str:
     return ".".join(parts)
 
 
-def identify(path: Path, known_fqns: Set[str] = frozenset(), *, is_object: bool = False) -> Identity:
+def identify(
+    path: Path, known_fqns: Set[str] = frozenset(), *, is_object: bool = False, flat: bool = False
+) -> Identity:
     """The identity of the leaf at ``path`` of a nested state dict.
 
     ``known_fqns`` (see :func:`known_fqns`) is needed only to split flattened optimizer keys; one that no known name
     begins keeps its whole key as ``fqn`` and has no slot. ``is_object`` tells a byte object from a tensor: at the top
-    level tensors are the model's, byte objects (step counters and the like) are not.
+    level tensors are the model's, byte objects (step counters and the like) are not. ``flat`` says that nothing in the
+    checkpoint is nested: then a tensor called ``step`` is the model's too.
     """
     if len(path) > 2 and path[0] == "app":
         path = path[1:]
@@ -64,7 +67,7 @@ def identify(path: Path, known_fqns: Set[str] = frozenset(), *, is_object: bool 
     if len(path) == 1:
         if first.startswith(("state.", "param_groups.")):
             return _flattened(first, known_fqns)
-        if first in _TOP_LEVEL_EXTRA or (is_object and not first.endswith("_extra_state")):
+        if (first in _TOP_LEVEL_EXTRA and not flat) or (is_object and not first.endswith("_extra_state")):
             return Identity(Section.EXTRA, first)
         return Identity(Section.MODEL, first)
     rest = path[1:]
@@ -204,7 +207,8 @@ def _identify_megatron(key: str, is_object: bool) -> Identity:
 def identities(paths: Mapping[str, Path], *, objects: Set[str] = frozenset()) -> dict[str, Identity]:
     """The identity of every key, given all paths of a checkpoint; ``objects`` are the keys of byte objects."""
     known = known_fqns(path for key, path in paths.items() if key not in objects or _names_parameters(path))
-    return {key: identify(path, known, is_object=key in objects) for key, path in paths.items()}
+    flat = all(len(path) == 1 for path in paths.values())
+    return {key: identify(path, known, is_object=key in objects, flat=flat) for key, path in paths.items()}
 
 
 def _names_parameters(path: Path) -> bool:

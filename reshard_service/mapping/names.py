@@ -24,8 +24,11 @@ def dcp_key(identity: Identity, key_prefix: str | None) -> tuple[str, Path]:
     """Key and ``planner_data`` path in a DCP made from another format.
 
     Bare keys, as torch's default planner gives for a flat state dict; ``key_prefix`` nests the model's tensors.
+    Optimizer slots get the path of a nested optimizer, which has the same key and says where the parameter's name ends.
     """
     name = bare_name(identity)
+    if identity.section is Section.OPTIMIZER and identity.slot is not None:
+        return name, ("optimizer", "state", strip_wrappers(identity.fqn), identity.slot)
     if key_prefix and identity.section is Section.MODEL:
         return f"{key_prefix}.{name}", (key_prefix, name)
     return name, (name,)
