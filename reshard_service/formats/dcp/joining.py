@@ -179,15 +179,15 @@ class _Joining:
             rank_of_row = np.zeros_like(ranks)
             rank_of_row[~is_object] = self.rank_of[of_row[~is_object]]
             known = {self.names[number] for number in numbers[columns["object_key"]].tolist()}
-            for row in np.flatnonzero(is_object).tolist():
-                key = self.names[keys[row]]
+            places = (values[name][is_object].tolist() for name in ("file", "start", "length", "transforms"))
+            for text, *place in zip(keys[is_object].tolist(), *places, strict=True):
+                key = self.names[text]
                 if key not in known:
                     raise SourceCorrupt(
                         f"{part.name!r} says where {key!r} is stored, but not what it is", tensor=key, file=part.name
                     )
                 if key not in seen_objects:
                     seen_objects.add(key)
-                    place = (int(values[name][row]) for name in ("file", "start", "length", "transforms"))
                     objects.append(StoredObject(key, *place))
             for key in known - seen_objects:
                 raise CheckpointIncomplete(

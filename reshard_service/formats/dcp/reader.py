@@ -23,6 +23,7 @@ from reshard_service.formats.dcp import geometry, naming
 from reshard_service.formats.dcp.joining import join_metadata
 from reshard_service.formats.dcp.metadata import DcpMetadata, read_metadata_file
 from reshard_service.formats.side_files import side_file_names
+from reshard_service.formats.strict_json import paused_gc
 from reshard_service.storage.base import Storage, contained_path
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ def open_dcp(storage: Storage, options: OpenOptions) -> Catalogue:
     and :class:`UnsupportedSource` for what the metadata says, :class:`GeometryWrong` where stored sizes contradict it
     (see ``options.repair``), :class:`AmbiguousSource` if nothing tells which keys are the model's.
     """
+    with paused_gc():
+        return _open(storage, options)
+
+
+def _open(storage: Storage, options: OpenOptions) -> Catalogue:
     names = _metadata_names(storage, options)
     metadata = join_metadata([read_metadata_file(storage, name) for name in names])
     files = _files(storage, metadata, names[0])
