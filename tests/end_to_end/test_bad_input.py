@@ -13,7 +13,7 @@ from tests.oracles.checkpoints import Checkpoints
 from tests.oracles.command import reshard, visible
 from tests.oracles.models import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.faults]
 
 EXISTING_RUN = Run("llama", "fsdp4")
 
@@ -27,13 +27,8 @@ def out(tmp_path: Path) -> Path:
 
 
 def _assert_refused(source: Path, out: Path, code: str, *words: str, options: tuple[str | Path, ...] = ()) -> None:
-    targets: tuple[tuple[str | Path, ...], ...] = (
-        (out / "gathered.safetensors", "--part", "model"),
-        (out / "sharded", "--to", "dcp", "--layout", "fsdp=2"),
-    )
-    for target in targets:
-        reshard("convert", source, *target, *options).refused(3, code, *words)
-        assert visible(out) == []
+    reshard("convert", source, out / "w.safetensors", "--part", "model", *options).refused(3, code, *words)
+    assert visible(out) == []
 
 
 @pytest.mark.parametrize(("spoil", "code", "words"), damage.DCP, ids=lambda value: getattr(value, "__name__", None))
@@ -50,6 +45,17 @@ def test_a_spoilt_dcp_is_refused(
     spoil(source)
     _assert_refused(source, out, code, *words)
     assert not source.with_suffix(".marker").exists(), "a pickle was executed"
+
+
+@pytest.mark.parametrize("spoil", [damage.truncate_data, damage.flip_a_bit], ids=lambda spoil: spoil.__name__)
+def test_damage_found_only_while_copying_leaves_no_sharded_target(
+    spoil: Callable[[Path], None], checkpoints: Checkpoints, tmp_path: Path, out: Path
+) -> None:
+    source = tmp_path / "in" / "source"
+    shutil.copytree(checkpoints.of(EXISTING_RUN), source)
+    spoil(source)
+    reshard("convert", source, out / "sharded", "--to", "dcp", "--layout", "fsdp=2").refused(3, "source_corrupt")
+    assert visible(out) == []
 
 
 def test_a_good_copy_is_not_refused(checkpoints: Checkpoints, tmp_path: Path, out: Path) -> None:

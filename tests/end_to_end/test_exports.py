@@ -197,6 +197,21 @@ def test_torchs_hugging_face_reader_loads_our_distributed_folder(spread: str, di
         assert rank["compared"] == 25
 
 
+def test_a_checkpoint_survives_the_way_into_a_store_and_back(
+    checkpoints: Checkpoints, tmp_path: Path, s3_storage_uri: str
+) -> None:
+    run, remote = Run("moe", "fsdp2-tp2"), f"{s3_storage_uri}/resume"
+    source, layout = checkpoints.of(run), Run("moe", "fsdp4-ep2").layout
+    into = ("convert", source, remote, "--to", "dcp", "--layout", layout)
+    reshard(*into).succeeded()
+    assert reshard("diff", source, remote, "--part", "all", "--json").succeeded().document["same"] is True
+    reshard("verify", remote).succeeded()
+    reshard(*into).refused(4, "target_exists")
+    reshard(*into, "--overwrite", "same").succeeded()
+    reshard("convert", remote, tmp_path / "weights.safetensors").succeeded()
+    _assert_same(load_file(tmp_path / "weights.safetensors"), _truth(checkpoints, run)["model"])
+
+
 def test_training_state_of_each_rank_is_dropped_only_when_told(checkpoints: Checkpoints, tmp_path: Path) -> None:
     source, target = checkpoints.of(Run("llama", "fsdp4"), "titan"), tmp_path / "other"
     layout = ("--to", "dcp", "--layout", "fsdp=3")

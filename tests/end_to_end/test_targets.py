@@ -14,7 +14,7 @@ from tests.oracles.checkpoints import Checkpoints
 from tests.oracles.command import reshard, visible
 from tests.oracles.models import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.faults]
 
 SOURCE = Run("llama", "fsdp4")
 SHARDED = ("--to", "dcp", "--layout", "fsdp=2")
