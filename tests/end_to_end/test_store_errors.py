@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 from tests.oracles.command import reshard
 from tests.s3_server import S3Server
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

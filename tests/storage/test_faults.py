@@ -19,6 +19,8 @@ from reshard_service.errors import (
 )
 from reshard_service.storage.faults import Retry, already_exists, passes_by_itself, redact, secrets_in, storage_error
 
+pytestmark = pytest.mark.faults
+
 
 class SdkError(Exception):
     """Shaped like botocore's ClientError."""
