@@ -4,7 +4,8 @@
 
 Makes the ``.metadata`` with torch's own classes and torch's own way of pickling (a process of its own, so that nothing
 measured has torch in it) beside sparse data files of the right sizes, then opens it and plans it in a fresh process a
-round. Memory is the sum over the process and the child that unpickles, sampled every 20 ms. Promised: 10 s and 1.5 GB.
+round. Memory is the sum over the process and the child that unpickles, sampled every 20 ms. Promised: 10 s
+(median of the rounds) and 1.5 GB (each round).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -139,13 +141,16 @@ def main() -> int:
         print(f"{'target':28}{'open s':>8}{'plan s':>8}{'wall s':>8}{'peak GB':>9}")
         targets = [["dcp", f"fsdp={max(1, arguments.chunks * 3 // 4)}"], ["safetensors"]]
         for target in targets:
+            walls = []
             for _ in range(arguments.rounds):
                 figures, wall, peak = _watched([*me, "measure", str(folder), *target])
                 print(
                     f"{' '.join(target):28}{figures['open']:8.2f}{figures['plan']:8.2f}{wall:8.2f}{peak / 1e9:9.2f}",
                     flush=True,
                 )
-                kept &= wall <= PROMISED_SECONDS and peak <= PROMISED_BYTES
+                walls.append(wall)
+                kept &= peak <= PROMISED_BYTES
+            kept &= statistics.median(walls) <= PROMISED_SECONDS
     finally:
         shutil.rmtree(base, ignore_errors=True)
     print(f"promised {PROMISED_SECONDS:.0f} s and {PROMISED_BYTES / 1e9:.1f} GB: {'kept' if kept else 'NOT kept'}")
