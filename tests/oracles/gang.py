@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-_TASK_SECONDS = 120
+_TASK_SECONDS = 300
 
 
 @dataclass(frozen=True, slots=True)
