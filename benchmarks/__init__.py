@@ -1,0 +1,1 @@
+"""Measurements: conversions against ``cp`` and torch's own tools, and planning a million chunks."""
