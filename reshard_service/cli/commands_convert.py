@@ -71,15 +71,15 @@ def _plan(job: JobDocument, json: bool) -> int:
 
 def plan_document(prepared: Prepared) -> dict[str, Any]:
     """One target of ``plan --json``."""
-    plan = prepared.plan
+    plan, files = prepared.plan, prepared.output_files()
     return {
         "uri": prepared.place.uri,
         "to": prepared.document.format,
         "plan": plan.digest,
         "tensors": len(plan.design.tensors),
         "read_bytes": plan.read_bytes,
-        "write_bytes": plan.write_bytes,
-        "files": [{"path": file.path, "bytes": file.bytes} for file in plan.design.files],
+        "write_bytes": sum(file.bytes for file in files),
+        "files": [{"path": file.path, "bytes": file.bytes} for file in files],
         "workers": [
             {"rank": share.rank, "read_bytes": share.read_bytes, "write_bytes": share.write_bytes}
             for share in plan.shares()
@@ -94,14 +94,15 @@ def plan_document(prepared: Prepared) -> dict[str, Any]:
 
 def _say_plan(prepared: Prepared) -> None:
     plan = prepared.plan
-    files = plan.design.files
+    files = prepared.output_files()
     say(f"{plan.source.uri} ({plan.source.format}) → {prepared.place.uri} ({prepared.document.format})")
     if prepared.layout is not None:
         say(f"  layout    {prepared.layout.world} ranks")
     say(f"  tensors   {len(plan.design.tensors)}, {len(plan.design.chunks)} chunks")
     say(f"  reads     {human_bytes(plan.read_bytes)}")
     largest = max((file.bytes for file in files), default=0)
-    say(f"  writes    {human_bytes(plan.write_bytes)} in {len(files)} files, the largest {human_bytes(largest)}")
+    written = human_bytes(sum(file.bytes for file in files))
+    say(f"  writes    {written} in {len(files)} files, the largest {human_bytes(largest)}")
     say(f"  memory    {human_bytes(plan.peak_memory_bytes)} at most, per worker")
     for share in plan.shares() if len(plan.shares()) > 1 else ():
         say(f"  worker {share.rank:<3} reads {human_bytes(share.read_bytes)}, writes {human_bytes(share.write_bytes)}")

@@ -22,7 +22,7 @@ from reshard_service.errors import CheckpointIncomplete, UsageError
 from reshard_service.formats.detect import open_checkpoint
 from reshard_service.formats.options import OpenOptions, WriteOptions
 from reshard_service.formats.side_files import carried_side_files
-from reshard_service.formats.target import Design, Selection
+from reshard_service.formats.target import Design, OutputFile, Selection
 from reshard_service.formats.writers import WRITERS
 from reshard_service.layouts.layout import Layout, layout_from_document
 from reshard_service.layouts.shorthand import parse_layout
@@ -69,6 +69,14 @@ class Prepared:
     @property
     def design(self) -> Design:
         return self.plan.design
+
+    def output_files(self) -> tuple[OutputFile, ...]:
+        """Every file of the target but the manifest, which is known only when its digests are."""
+        small = [(file.path, file.make()) for file in self.design.closing]
+        return (
+            *self.design.files,
+            *(OutputFile(path, len(data)) for path, data in (*self.side_files, *small)),
+        )
 
     @property
     def notices(self) -> tuple[Notice, ...]:

@@ -120,9 +120,11 @@ class Staging:
             sync_file_system(self.folder)
             aside = self._move_aside() if replace else None
             if self.single_file:
+                # The file before its manifest: a file that appeared meanwhile must not get a manifest of ours.
                 manifest = self.target.with_name(f"{self.target.name}.reshard.json")
-                os.replace(self.folder / MANIFEST_NAME, manifest)
+                manifest.unlink(missing_ok=True)
                 rename_no_replace(self.folder / self.target.name, self.target)
+                os.replace(self.folder / MANIFEST_NAME, manifest)
                 shutil.rmtree(self.folder, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):

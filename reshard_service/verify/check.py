@@ -78,6 +78,8 @@ def _faults_of_file(
         if status.bytes != file.bytes:
             yield Notice("file_size", f"the file has {status.bytes} bytes, {file.bytes} were written", file.path)
             return
+        if file.bytes and not file.segments:
+            yield Notice("manifest_damaged", "the manifest has no digest of this file's bytes", file.path)
         if digest_segments(file.segments, algorithm) != file.digest:
             yield Notice(
                 "manifest_damaged", "the manifest's own digests of this file contradict one another", file.path

@@ -7,7 +7,12 @@ import torch
 from reshard_service import dtypes
 from reshard_service.mapping.casts import cast, stored_type
 
-BITS = {"F64": (torch.float64, torch.int64), "F32": (torch.float32, torch.int32), "F16": (torch.float16, torch.int16), "BF16": (torch.bfloat16, torch.int16)}  # fmt: skip
+BITS = {
+    "F64": (torch.float64, torch.int64),
+    "F32": (torch.float32, torch.int32),
+    "F16": (torch.float16, torch.int16),
+    "BF16": (torch.bfloat16, torch.int16),
+}
 
 
 def every_kind_of_value(name: str) -> torch.Tensor:
