@@ -122,7 +122,8 @@ class Staging:
             if self.single_file:
                 # The file before its manifest: a file that appeared meanwhile must not get a manifest of ours.
                 manifest = self.target.with_name(f"{self.target.name}.reshard.json")
-                manifest.unlink(missing_ok=True)
+                if aside is not None:
+                    manifest.unlink(missing_ok=True)
                 rename_no_replace(self.folder / self.target.name, self.target)
                 os.replace(self.folder / MANIFEST_NAME, manifest)
                 shutil.rmtree(self.folder, ignore_errors=True)
