@@ -94,5 +94,7 @@ def by_torch_name(name: str) -> DType:
     try:
         return _BY_TORCH[_TORCH_ALIASES.get(name, name)]
     except KeyError:
-        raise UnsupportedSource(f"unsupported torch dtype 'torch.{name}'", hint="quantised and sub-byte integer types "
-                                "carry meaning outside their bytes and can't be moved as bytes") from None
+        raise UnsupportedSource(
+            f"unsupported torch dtype 'torch.{name}'",
+            hint="quantised and sub-byte integer types carry meaning outside their bytes and can't be moved as bytes",
+        ) from None
