@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,9 +97,11 @@ def job_from_options(
     digest: Annotated[str, typer.Option(metavar="xxh3-128|sha256", help="digest of the manifest")] = "xxh3-128",
 ) -> JobDocument:
     """The job that the options describe, checked."""
+    stated = dict(locals())
     if job is not None:
         if src is not None or dst is not None:
             raise UsageError("--job names source and targets itself; leave SRC and DST out")
+        _require_alone(stated)
         return read_job_document(job)
     if src is None or dst is None:
         raise UsageError("SRC and DST are needed", hint="reshard convert SRC DST --to FORMAT, or --job FILE")
@@ -142,3 +145,18 @@ def job_from_options(
     return job_document(
         {"source": source, "targets": [target], "options": {"workers": workers, "threads": threads}}, "options"
     )
+
+
+def _require_alone(stated: dict[str, Any]) -> None:
+    """Nothing beside ``--job``: an option that the document doesn't know of would do nothing."""
+    parameters = inspect.signature(job_from_options).parameters
+    others = [
+        "--" + ("from" if name == "from_format" else name.replace("_", "-"))
+        for name, parameter in parameters.items()
+        if name != "job" and stated[name] != parameter.default and stated[name] != []
+    ]
+    if others:
+        raise UsageError(
+            f"--job says everything itself; it does not go with {', '.join(others)}",
+            hint="write them into the document",
+        )

@@ -134,6 +134,11 @@ def prepare_target(
         raise UsageError("--names: mapping between hub and runtime names is not built yet; names are kept as they are")
     layout = _target_layout(target)
     place = open_place(target.uri, policy)
+    if place.single_file is not None and target.format != "safetensors":
+        raise UsageError(
+            f"{target.uri!r} is the name of one safetensors file, but what --to {target.format} writes is a folder",
+            hint="name the target without .safetensors",
+        )
     _require_apart(place, source)
     part = target.part or ("all" if target.format == "dcp" else "model")
     selected = select(

@@ -234,7 +234,7 @@ def layout_from_document(document: LayoutDocument, *, rules_known: bool = False)
     if needing and not document.rules and not rules_known:
         raise LayoutRulesMissing(
             f"the layout has {', '.join(dict.fromkeys(needing))}, but no rule says which tensors are split how",
-            hint="give a layout document with rules, or --model for the architecture's own",
+            hint="give a layout document with rules; docs/layouts.md shows how",
         )
     return Layout(document, mesh.world, mesh, expert_mesh)
 
