@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -21,6 +23,9 @@ DIRECT_BYTES = 64 << 10
 
 SYNC_BYTES = 64 << 20
 """Smaller files are not synced one by one but together, before the commit."""
+
+OPEN_FILES = 256
+"""A layout of a thousand ranks has a thousand files in the making, more than a process may have open."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -59,12 +64,15 @@ def takes_direct_writes(folder: Path) -> bool:
 
 @dataclass(slots=True)
 class _Open:
-    """An output file in the making."""
+    """An output file in the making. Its descriptors come and go."""
 
-    cached: int
-    direct: int | None
     missing: int
     """Bytes still to come."""
+    cached: int = -1
+    direct: int | None = None
+    users: int = 0
+    """Threads that are using the descriptors now."""
+    is_created: bool = False
     segments: list[SegmentRow] = field(default_factory=list)
 
 
@@ -89,48 +97,76 @@ class OutputFiles:
         self._claimed = claimed_bytes
         self._finished = finished
         self._direct = takes_direct_writes(folder)
-        self._open: dict[int, _Open] = {}
+        self._making: dict[int, _Open] = {}
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        """Those with descriptors, the longest unused first."""
         self._lock = Lock()
 
-    def _of(self, file: int) -> _Open:
+    @contextmanager
+    def _descriptors_of(self, file: int) -> Iterator[_Open]:
+        """The file, held open; it is made when it is first asked for."""
         with self._lock:
-            known = self._open.get(file)
-            if known is None:
-                known = self._open[file] = self._create(file)
-            return known
-
-    def _create(self, file: int) -> _Open:
-        path = self._folder / self._names(file)
+            opened = self._state_of(file)
+            if opened.cached < 0:
+                self._open_descriptors(file, opened)
+            self._open[file] = opened
+            self._open.move_to_end(file)
+            opened.users += 1
+            if len(self._open) > OPEN_FILES:
+                self._close_longest_unused()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cached = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            yield opened
+        finally:
+            with self._lock:
+                opened.users -= 1
+
+    def _state_of(self, file: int) -> _Open:
+        known = self._making.get(file)
+        if known is None:
+            known = self._making[file] = _Open(self._claimed[file])
+        return known
+
+    def _close_longest_unused(self) -> None:
+        for file, opened in self._open.items():
+            if opened.users == 0:
+                del self._open[file]
+                self._close(opened)
+                return
+
+    def _open_descriptors(self, file: int, opened: _Open) -> None:
+        path = self._folder / self._names(file)
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        try:
+            if not opened.is_created:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            opened.cached = os.open(path, flags if opened.is_created else flags | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
-                reserve(cached, self._files[file].bytes)
-                direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC) if self._direct else None
+                if not opened.is_created:
+                    reserve(opened.cached, self._files[file].bytes)
+                    opened.is_created = True
+                opened.direct = os.open(path, flags | os.O_DIRECT) if self._direct else None
             except OSError:
-                os.close(cached)
+                self._close(opened)
                 raise
         except OSError as error:
             raise target_error(error, f"creating {self._files[file].path!r}") from None
-        return _Open(cached, direct, self._claimed[file])
 
     def create_empty(self, file: int) -> None:
         """Finish a file that nothing will be written to."""
-        self._of(file)
         self.count(file, 0)
 
     def put(self, file: int, start: int, data: memoryview, *, direct: bool) -> None:
         """Write bytes at their final place; ``direct`` data is whole, aligned pages in aligned memory."""
-        opened = self._of(file)
-        descriptor = opened.direct if direct and opened.direct is not None else opened.cached
-        try:
-            while len(data):
-                count = os.pwrite(descriptor, data, start)
-                if direct and count % PAGE:
-                    descriptor = opened.cached
-                data, start = data[count:], start + count
-        except OSError as error:
-            raise target_error(error, f"writing {self._files[file].path!r}") from None
+        with self._descriptors_of(file) as opened:
+            descriptor = opened.direct if direct and opened.direct is not None else opened.cached
+            try:
+                while len(data):
+                    count = os.pwrite(descriptor, data, start)
+                    if direct and count % PAGE:
+                        descriptor = opened.cached
+                    data, start = data[count:], start + count
+            except OSError as error:
+                raise target_error(error, f"writing {self._files[file].path!r}") from None
 
     @property
     def direct(self) -> bool:
@@ -138,26 +174,27 @@ class OutputFiles:
 
     def note(self, file: int, segments: list[SegmentRow]) -> None:
         """Keep digests of bytes that are being written."""
-        opened = self._of(file)
         with self._lock:
-            opened.segments.extend(segments)
+            self._state_of(file).segments.extend(segments)
 
     def count(self, file: int, written: int) -> None:
         """``written`` more bytes of the file are in place; the last ones finish it."""
-        opened = self._of(file)
         with self._lock:
+            opened = self._state_of(file)
             opened.missing -= written
             if opened.missing > 0:
                 return
-        try:
-            if self._files[file].bytes >= SYNC_BYTES:
-                os.fsync(opened.cached)
-        except OSError as error:
-            raise target_error(error, f"syncing {self._files[file].path!r}") from None
-        self._close(opened)
-        self._finished(file, sorted(opened.segments))
+        with self._descriptors_of(file):
+            try:
+                if self._files[file].bytes >= SYNC_BYTES:
+                    os.fsync(opened.cached)
+            except OSError as error:
+                raise target_error(error, f"syncing {self._files[file].path!r}") from None
         with self._lock:
-            opened.segments = []
+            self._open.pop(file, None)
+            self._close(opened)
+            segments, opened.segments = sorted(opened.segments), []
+        self._finished(file, segments)
 
     @staticmethod
     def _close(opened: _Open) -> None:
@@ -170,8 +207,8 @@ class OutputFiles:
         """Close what is still open, finished or not."""
         with self._lock:
             for opened in self._open.values():
-                if opened.cached >= 0:
-                    self._close(opened)
+                self._close(opened)
+            self._open.clear()
 
 
 class LocalSink(RunSink):

@@ -104,12 +104,14 @@ class Mover:
         for t, only in self._steps(batch):
             s = int(design.sources[t])
             rows = plan.source.chunks.rows(s)
+            self._source.hold(range(rows.start, rows.stop))
             for panel in self._panels_of(t, s, only):
                 if not self._fetcher.room_for(rows.start, panel.reads) or self._is_full(panel):
                     self._flush(done)
                 self._add(t, s, rows.start, panel)
             done.append(range(rows.start, rows.stop))
         self._flush(done)
+        self._fetcher.running.clear()  # of arrays that only other batches read to the end
         self._sink.end_batch()
 
     def _steps(self, batch: Batch) -> Iterator[tuple[int, Int64s | None]]:
@@ -214,6 +216,8 @@ class Mover:
                 else:
                     start += len(head) + span.start
                     head = None
+            if length == 0:
+                continue  # an array without elements and framing: its file may be complete already
             piece = _Piece(
                 int(chunks.file[row]), start, length, row, write, tensor, source, first_place, head, tail_bytes
             )

@@ -67,7 +67,9 @@ class Fetcher:
         """Ask for spans of one tensor; they are numbered from the returned index on."""
         chunks = self.source.catalogue.chunks
         first = self._count
+        others = sum(span.length + AFTER_BYTES for span in spans)
         for number, span in enumerate(spans, first):
+            others -= span.length + AFTER_BYTES
             row = first_row + span.row
             kind = int(chunks.storing[row])
             file, start = int(chunks.file[row]), int(chunks.start[row])
@@ -77,7 +79,7 @@ class Fetcher:
             elif kind == Storing.ZSTD_ITEM:
                 self._unpacked.append((number, row, span, tensor))
                 continue
-            elif span.whole and int(chunks.length[row]) <= self.staging.size - self.used:
+            elif span.whole and int(chunks.length[row]) + others <= self.staging.size - self.used:
                 whole, length = True, int(chunks.length[row])
             else:
                 payload = self.source.payload(row, tensor)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import zstandard
@@ -18,6 +19,7 @@ from reshard_service.engine.checksums import crc32
 from reshard_service.errors import SourceChanged, SourceCorrupt, UnsupportedSource
 from reshard_service.formats.dcp.item import AFTER_BYTES, HEAD_BYTES, ItemReader, Payload, checksum
 from reshard_service.storage.base import ByteReader
+from reshard_service.storage.local import target_error
 
 OPEN_FILES = 256
 _BLOCK = 1 << 20
@@ -36,6 +38,7 @@ class Source:
         self._open: OrderedDict[int, ByteReader] = OrderedDict()
         self._payloads: dict[int, Payload] = {}
         self._unpacked: dict[int, Unpacked] = {}
+        self._holders: dict[int, int] = {}
         self._lock = Lock()
         self._unpacking = Lock()
 
@@ -78,16 +81,25 @@ class Source:
             known = self._payloads[row] = self.locate(row, tensor, memoryview(head))
         return known
 
+    def hold(self, rows: range) -> None:
+        """Announce work on a tensor's chunk rows: what is remembered of them stays until as many ``forget``."""
+        with self._lock:
+            self._holders[rows.start] = self._holders.get(rows.start, 0) + 1
+
     def forget(self, rows: range) -> None:
-        """Let go of what is remembered of chunk rows whose tensor is done."""
-        for row in (
-            rows if len(rows) < len(self._payloads) + len(self._unpacked) else [*self._payloads, *self._unpacked]
-        ):
-            if row in rows:
-                self._payloads.pop(row, None)
-                unpacked = self._unpacked.pop(row, None)
-                if unpacked is not None:
-                    unpacked.close()
+        """Let go of what is remembered of chunk rows whose tensor is done, unless another thread holds it."""
+        with self._lock:
+            holders = self._holders.pop(rows.start, 1) - 1
+            if holders > 0:
+                self._holders[rows.start] = holders
+                return
+            remembered = len(self._payloads) + len(self._unpacked)
+            for row in rows if len(rows) < remembered else [*self._payloads, *self._unpacked]:
+                if row in rows:
+                    self._payloads.pop(row, None)
+                    unpacked = self._unpacked.pop(row, None)
+                    if unpacked is not None:
+                        unpacked.close()
 
     def unpacked(self, row: int, tensor: Tensor) -> Unpacked:
         """The array of a compressed item, or of one with unusual strides, as row-major bytes in a scratch file."""
@@ -98,45 +110,49 @@ class Source:
             return known
 
     def _unpack(self, row: int, tensor: Tensor) -> Unpacked:
-        chunks = self.catalogue.chunks
-        file, start, length = int(chunks.file[row]), int(chunks.start[row]), int(chunks.length[row])
         item = Unpacked(self.scratch)
-        if chunks.storing[row] == Storing.ZSTD_ITEM:
-            self._decompress(item, file, start, length, tensor)
-        else:
-            block = memoryview(bytearray(_BLOCK))
-            for at in range(0, length, _BLOCK):
-                piece = block[: min(_BLOCK, length - at)]
-                self.read_into(file, start + at, piece)
-                item.append(piece)
-        head = bytearray(min(HEAD_BYTES, item.length))
-        item.read_into(0, memoryview(head))
-        sizes = self.stored_sizes(row, tensor)
-        payload = self.items.locate(
-            memoryview(head), tensor.dtype, sizes, item_bytes=item.length, key=tensor.key, file=self.file_path(row)
-        )
-        item.check(payload, tensor.key, self.file_path(row))
-        return item.as_rows(payload, sizes, tensor.dtype.itemsize, self.scratch)
-
-    def _decompress(self, item: Unpacked, file: int, start: int, length: int, tensor: Tensor) -> None:
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj(read_across_frames=True)
-        limit = tensor.nbytes + (1 << 20)
-        block = memoryview(bytearray(_BLOCK))
         try:
-            for at in range(0, length, _BLOCK):
-                piece = block[: min(_BLOCK, length - at)]
-                self.read_into(file, start + at, piece)
-                for part in range(0, len(piece), 1 << 14):
-                    item.append(memoryview(decompressor.decompress(piece[part : part + (1 << 14)])))
-                    if item.length > limit:
+            for block in self._item_bytes(row, tensor):
+                item.append(block)
+            head = bytearray(min(HEAD_BYTES, item.length))
+            item.read_into(0, memoryview(head))
+            sizes, file = self.stored_sizes(row, tensor), self.file_path(row)
+            payload = self.items.locate(
+                memoryview(head), tensor.dtype, sizes, item_bytes=item.length, key=tensor.key, file=file
+            )
+            item.check(payload, tensor.key, file)
+            return item.as_rows(payload, sizes, tensor.dtype.itemsize)
+        finally:
+            item.close()
+
+    def _item_bytes(self, row: int, tensor: Tensor) -> Iterator[memoryview]:
+        """The item of a chunk row, a block at a time, unpacked if it is compressed."""
+        chunks = self.catalogue.chunks
+        packed = _ItemStream(self, int(chunks.file[row]), int(chunks.start[row]), int(chunks.length[row]))
+        if chunks.storing[row] != Storing.ZSTD_ITEM:
+            while block := packed.read(_BLOCK):
+                yield memoryview(block)
+            return
+        limit = tensor.nbytes + (1 << 20)
+        unpacked = 0
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        try:
+            # The reader gives no more than is asked for, whatever a few bytes of the stream would unpack to.
+            with decompressor.stream_reader(cast(IO[bytes], packed), read_size=1 << 17, read_across_frames=True) as stream:
+                while block := stream.read(_BLOCK):
+                    unpacked += len(block)
+                    if unpacked > limit:
                         raise SourceCorrupt(
-                            f"the compressed item of tensor {tensor.key!r} unpacks to more than {limit} bytes"
+                            f"the compressed item of tensor {tensor.key!r} unpacks to more than {limit} bytes",
+                            tensor=tensor.key,
+                            file=self.file_path(row),
                         )
+                    yield memoryview(block)
         except zstandard.ZstdError as error:
             raise SourceCorrupt(
                 f"the compressed item of tensor {tensor.key!r} does not unpack: {error}",
                 tensor=tensor.key,
-                file=self.catalogue.files[file].path,
+                file=self.file_path(row),
             ) from None
 
     def stored_sizes(self, row: int, tensor: Tensor) -> tuple[int, ...]:
@@ -167,19 +183,40 @@ class Source:
             unpacked.close()
 
 
+class _ItemStream:
+    """The bytes of one item as a file that is read from front to back."""
+
+    def __init__(self, source: Source, file: int, start: int, length: int) -> None:
+        self._source, self._file, self._at, self._left = source, file, start, length
+
+    def read(self, size: int) -> bytes:
+        block = bytearray(min(size, self._left))
+        self._source.read_into(self._file, self._at, memoryview(block))
+        self._at += len(block)
+        self._left -= len(block)
+        return bytes(block)
+
+
 class Unpacked:
     """A nameless scratch file that grows and is then read at random."""
 
     def __init__(self, scratch: Path | None) -> None:
-        self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - lives until close()
+        self._scratch = scratch
         self.length = 0
+        try:
+            self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - lives until close()
+        except OSError as error:
+            raise target_error(error, "making a scratch file for an item that has to be unpacked") from None
 
     def append(self, data: memoryview) -> None:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise target_error(error, "unpacking an item into a scratch file") from None
         self.length += len(data)
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        self._file.flush()
         done = 0
         while done < len(buffer):
             count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
@@ -202,10 +239,9 @@ class Unpacked:
         if expected is not None and found != expected:
             raise crc_mismatch(key, file, expected, found)
 
-    def as_rows(self, payload: Payload, sizes: tuple[int, ...], itemsize: int, scratch: Path | None) -> Unpacked:
-        """The array row-major from byte 0; this file is given up."""
+    def as_rows(self, payload: Payload, sizes: tuple[int, ...], itemsize: int) -> Unpacked:
+        """The array row-major from byte 0, as a file of its own."""
         strides = payload.strides or _row_major(sizes)
-        self._file.flush()
         stored: NDArray[Any] = np.memmap(self._file, dtype=np.uint8, mode="r", shape=(self.length,))
         begin = payload.start + payload.storage_offset_bytes
         if any(stride < 0 for stride in strides):
@@ -213,14 +249,16 @@ class Unpacked:
         view = np.ndarray(
             sizes, np.dtype((np.void, itemsize)), stored, begin, tuple(stride * itemsize for stride in strides)
         )
-        rows = Unpacked(scratch)
+        rows = Unpacked(self._scratch)
         flat = view.reshape(1) if not sizes else view
         step = max(1, _BLOCK // max(1, itemsize * int(np.prod(sizes[1:]))))
-        for start in range(0, flat.shape[0], step):
-            block = np.ascontiguousarray(flat[start : start + step])
-            rows.append(block.reshape(-1).view(np.uint8).data)
-        del view, flat, stored
-        self.close()
+        try:
+            for start in range(0, flat.shape[0], step):
+                block = np.ascontiguousarray(flat[start : start + step])
+                rows.append(block.reshape(-1).view(np.uint8).data)
+        except BaseException:
+            rows.close()
+            raise
         return rows
 
     def close(self) -> None:

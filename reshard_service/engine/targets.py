@@ -238,7 +238,7 @@ class ObjectTarget:
             self.storage.remove(name)
 
     def write_fixed(self) -> None:
-        with_chunks = set(self._design.chunks.file.tolist())
+        with_chunks = set(self._design.chunks.file[self._design.chunks.length > 0].tolist())
         for file in range(len(self._design.files)):
             if file not in with_chunks:
                 sink = self.sink()
