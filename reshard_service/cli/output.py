@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from reshard_service.documents.job import TargetDocument
+
+
+_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def human_bytes(count: float) -> str:
@@ -34,8 +38,8 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def say(text: str = "") -> None:
-    """A line for people."""
-    print(text)
+    """A line for people. Names come from files: what would steer the terminal is spelled out."""
+    print(_CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
 
 
 def notice_document(notice: Notice) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def print_notices(notices: Iterable[Notice], title: str) -> None:
 
 def print_error(error: ReshardError, wants_json: bool) -> None:
     """The message on stderr, and with ``--json`` the same as a document on stdout."""
-    print(f"error: {error}", file=sys.stderr)
+    print(_CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", f"error: {error}"), file=sys.stderr)
     if wants_json:
         print_json({"error": error_document(error)})
 

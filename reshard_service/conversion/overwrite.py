@@ -41,6 +41,8 @@ def decide(prepared: Prepared) -> Decision:
 
 def _occupied(prepared: Prepared) -> bool:
     place = prepared.place
+    if place.local_path is not None and place.local_path.is_symlink():
+        return True  # even if it leads nowhere
     if place.single_file is not None:
         return place.storage.stat(place.single_file) is not None
     status = place.storage.stat("")

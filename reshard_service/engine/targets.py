@@ -14,7 +14,8 @@ from reshard_service.engine.mover import RunSink
 from reshard_service.engine.source import Source
 from reshard_service.engine.staging import Staging
 from reshard_service.engine.streams import Inserts, StreamSink
-from reshard_service.errors import InputRefused, ReshardError, TargetBusy
+from reshard_service.errors import InputRefused, ReshardError, SourceCorrupt, TargetBusy
+from reshard_service.formats.dcp.object_checks import damaged_member
 from reshard_service.formats.target import Design, Literal, ObjectCopy
 from reshard_service.manifest import MANIFEST_NAME, SegmentRow, manifest_path
 from reshard_service.planning.plan import array_lengths
@@ -77,11 +78,23 @@ def produce_object(copy: ObjectCopy, source: Source, algorithm: str) -> Callable
         for at in range(0, copy.source.length, _BLOCK):
             piece = block[: min(_BLOCK, copy.source.length - at)]
             source.read_into(copy.source.file, copy.source.start + at, piece)
+            if copy.source.length <= _BLOCK and not copy.source.transforms:
+                _require_intact(copy, bytes(piece))
             running.add(copy.start + at, piece)
             put(piece)
         return running.finish()
 
     return produce
+
+
+def _require_intact(copy: ObjectCopy, item: bytes) -> None:
+    member = damaged_member(item)
+    if member is not None:
+        raise SourceCorrupt(
+            f"object {copy.source.key!r}: {member!r} does not match its CRC32",
+            tensor=copy.source.key,
+            hint="copy the file again from its origin, or leave it out with --exclude",
+        )
 
 
 def design_bytes_of_files(design: Design) -> list[int]:

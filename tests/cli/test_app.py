@@ -98,3 +98,23 @@ def test_a_working_folder_that_was_deleted_is_named(
     gone.rmdir()
     assert run(monkeypatch, "inspect", "x") == 4
     assert "working folder" in capsys.readouterr().err
+
+
+def test_names_from_a_file_do_not_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"\x1b[31mred\x1b]0;title\x07": torch.ones(2)}, path)
+    assert run(monkeypatch, "inspect", path) == 0
+    printed = capsys.readouterr().out
+    assert "\\x1b[31mred" in printed
+    assert not set(printed) & {"\x1b", "\x07"}
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_a_link_that_leads_nowhere_is_noticed_before_anything_is_copied(
+    name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).symlink_to("nowhere")
+    assert run(monkeypatch, "convert", source, tmp_path / name, "--to", "safetensors") == 4
+    assert "lies at" in capsys.readouterr().err

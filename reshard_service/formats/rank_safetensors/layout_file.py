@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reshard_service.errors import SourceCorrupt
+from reshard_service.errors import SourceCorrupt, UsageError
 from reshard_service.formats.safetensors.header import MAX_DIM, MAX_DIMS
 from reshard_service.formats.strict_json import parse_json
 
@@ -67,14 +67,17 @@ class LayoutFile:
 
 
 def parse_layout_file(data: bytes) -> LayoutFile:
-    """The checked content of a layout file; :class:`SourceCorrupt` or :class:`DocumentInvalid` say what is wrong."""
+    """The checked content of a layout file; :class:`SourceCorrupt` says what is wrong."""
     from reshard_service.documents.layout import layout_document
     from reshard_service.layouts.layout import layout_from_document
 
     document = parse_json(data, file=LAYOUT_NAME)
     if not isinstance(document, dict) or document.get("version") != 1 or not set(document) <= _KEYS:
         raise SourceCorrupt(f"{LAYOUT_NAME} is no layout file of version 1", file=LAYOUT_NAME)
-    layout = layout_from_document(layout_document(document.get("layout"), LAYOUT_NAME), rules_known=True)
+    try:
+        layout = layout_from_document(layout_document(document.get("layout"), LAYOUT_NAME), rules_known=True)
+    except UsageError as error:  # nobody wrote this one by hand
+        raise SourceCorrupt(f"the layout in {error.message}", file=LAYOUT_NAME, hint=error.hint) from None
     if layout.world != document.get("world"):
         raise SourceCorrupt(
             f"{LAYOUT_NAME} says world {document.get('world')!r}, but its layout is of {layout.world} ranks",

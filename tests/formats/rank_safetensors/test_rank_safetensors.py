@@ -217,8 +217,9 @@ def test_a_broken_layout_file_is_refused(source: Catalogue, tmp_path: Path, chan
     folder = converted(source, tp2(), tmp_path / "out")
     document = json.loads((folder / LAYOUT_NAME).read_text()) | change
     (folder / LAYOUT_NAME).write_text(json.dumps(document))
-    with pytest.raises(ReshardError):
+    with pytest.raises(ReshardError) as refused:
         opened(folder)
+    assert refused.value.exit_code == 3
 
 
 def test_a_layout_is_required(source: Catalogue) -> None:
