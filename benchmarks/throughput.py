@@ -118,7 +118,7 @@ class Bench:
 
 
 def load() -> str:
-    """What else the machine is doing: load, and the share of the last 10 s in which something waited for CPU or disk."""
+    """What else the machine does: load, and the share of the last 10 s in which something waited for CPU or disk."""
     words = [f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"]
     for resource in ("cpu", "io"):
         with contextlib.suppress(OSError, IndexError):
