@@ -117,17 +117,17 @@ class Mover:
     def _steps(self, batch: Batch) -> Iterator[tuple[int, Int64s | None]]:
         """Tensors to work on, with the chunk rows that are wanted of each (None = all), counted from its first."""
         chunks = self._plan.design.chunks
-        if batch.rows is not None:
+        if batch.rows is not None and batch.in_order:
             for (t, _), rows in groupby(self._located(batch.rows), key=lambda located: located[:2]):
                 yield t, np.array([row - int(chunks.first[t]) for _, _, row in rows], dtype=np.int64)
             return
         for t in range(batch.first, batch.stop):
-            if not self._skip:
-                yield t, None
-                continue
-            missing = np.flatnonzero(~np.isin(chunks.file[chunks.rows(t)], self._skip)).astype(np.int64)
-            if len(missing):
-                yield t, missing
+            wanted = None if batch.rows is None else batch.rows - int(chunks.first[t])
+            if self._skip:
+                missing = np.flatnonzero(~np.isin(chunks.file[chunks.rows(t)], self._skip)).astype(np.int64)
+                wanted = missing if wanted is None else np.intersect1d(wanted, missing)
+            if wanted is None or len(wanted):
+                yield t, wanted
 
     def _located(self, rows: Int64s) -> Iterator[tuple[int, int, int]]:
         """Tensor, place and row: rows of one stored array have the same place and are neighbours."""

@@ -11,7 +11,14 @@ import xxhash
 from reshard_service.catalogue import Catalogue, Chunks, Int64s, Notice
 from reshard_service.errors import CoverageError
 from reshard_service.formats.target import Design
-from reshard_service.planning.batches import Batch, batches_by_file, batches_by_tensor, parts
+from reshard_service.planning.batches import (
+    Batch,
+    batch_bytes,
+    batches_by_file,
+    batches_by_tensor,
+    parts,
+    split_tensor,
+)
 from reshard_service.planning.budget import PROCESS_BYTES, Budget, default_budget
 from reshard_service.planning.coverage import tiling_fault, uncovered_target
 from reshard_service.planning.intersect import Pattern, PatternCache
@@ -82,7 +89,8 @@ def make_plan(
         proof.check(t, s, number, cache.patterns[number])
         read_of[t] = proof.elements(number, cache.patterns[number]) * source.tensors[s].dtype.itemsize
     write_of = _stored_bytes_of_tensors(design.chunks)
-    batches = _file_batches(source, design) if in_order else batches_by_tensor(read_of, write_of)
+    largest = batch_bytes(int(max(read_of.sum(), write_of.sum())), max(workers, budget.threads))
+    batches = _file_batches(source, design) if in_order else _tensor_batches(source, design, read_of, write_of, largest)
     objects = sum(copy.source.length for copy in design.objects)
     return Plan(
         source=source,
@@ -183,6 +191,20 @@ def _stored_bytes_of_tensors(chunks: Chunks) -> Int64s:
     running = np.concatenate([[0], np.cumsum(lengths)])
     totals: Int64s = running[chunks.first[1:]] - running[chunks.first[:-1]]
     return totals
+
+
+def _tensor_batches(
+    source: Catalogue, design: Design, read_of: Int64s, write_of: Int64s, largest: int
+) -> tuple[Batch, ...]:
+    """Consecutive tensors; one that is larger than a batch is cut by rows where that is possible."""
+    batches: list[Batch] = []
+    for batch in batches_by_tensor(read_of, write_of, largest=largest):
+        if batch.stop == batch.first + 1:
+            origin = int(design.sources[batch.first])
+            batches += split_tensor(batch, design.chunks, source.chunks, origin, largest)
+        else:
+            batches.append(batch)
+    return tuple(batches)
 
 
 def _file_batches(source: Catalogue, design: Design) -> tuple[Batch, ...]:
