@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
 from pathlib import Path
 
 from reshard_service.errors import TargetBusy
+from reshard_service.storage.local import LocalStorage
 
 
 class Claims:
@@ -22,24 +22,30 @@ class Claims:
         """Hold the next epoch, or :class:`TargetBusy` while another process of this host is at work."""
         self._folder.mkdir(parents=True, exist_ok=True)
         while True:
-            holder = self._highest()
+            holder = max(self._highest(), 0)
             if holder and (other := self._living(holder)) is not None:
                 raise TargetBusy(
                     f"process {other} on this host is already writing {what}",
                     hint="wait for it; if you stop it, the next run goes on where it was",
                 )
-            with contextlib.suppress(FileExistsError):
-                descriptor = os.open(self._folder / str(holder + 1), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-                with os.fdopen(descriptor, "w") as claim:
-                    json.dump(
-                        {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}, claim
-                    )
+            mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+            # Created whole: a claim that can be read half written looks like one that nobody holds.
+            if LocalStorage(self._folder).create_once(str(holder + 1), json.dumps(mine).encode()):
                 self.epoch = holder + 1
                 return
 
+    @property
+    def are_held(self) -> bool:
+        """Whether this attempt holds the target: it took a claim, and no newer attempt has taken over."""
+        return self.epoch > 0 and self._highest() == self.epoch
+
+    def moved(self, folder: Path) -> None:
+        """The claims lie in another folder now."""
+        self._folder = folder
+
     def check(self) -> None:
         """Raise :class:`TargetBusy` if a newer attempt has taken over: this one must write nothing more."""
-        if self._highest() != self.epoch:
+        if not self.are_held:
             raise TargetBusy("a newer attempt took over this target; this one stops", hint="follow the newer attempt")
 
     def _highest(self) -> int:

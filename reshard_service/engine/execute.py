@@ -121,17 +121,18 @@ def _run_batches(
     stop = threading.Event()
 
     def work() -> None:
-        mover = Mover(
-            plan,
-            source,
-            target.sink(),
-            budget,
-            progress,
-            lambda: stop.is_set() or cancelled(),
-            skip,
-            algorithm,
-        )
+        mover: Mover | None = None
         try:
+            mover = Mover(
+                plan,
+                source,
+                target.sink(),
+                budget,
+                progress,
+                lambda: stop.is_set() or cancelled(),
+                skip,
+                algorithm,
+            )
             while not stop.is_set():
                 try:
                     batch = queue.popleft()
@@ -142,23 +143,24 @@ def _run_batches(
             errors.append(error)
             stop.set()
         finally:
-            mover.close()
+            if mover is not None:
+                mover.close()
 
     threads = [
         threading.Thread(target=work, name=f"mover-{number}", daemon=True)
         for number in range(min(budget.threads, max(1, len(queue))))
     ]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)
-    except BaseException:
+    finally:
         stop.set()
         for thread in threads:
-            thread.join()
-        raise
+            if thread.ident is not None:
+                thread.join()
     real = [error for error in errors if not isinstance(error, Cancelled)] or errors
     if real:
         raise real[0]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from reshard_service.catalogue import Catalogue, Storing, Tensor
 from reshard_service.engine.checksums import crc32
-from reshard_service.errors import SourceChanged, SourceCorrupt, UnsupportedSource
+from reshard_service.errors import SourceChanged, SourceCorrupt, StorageFailed, UnsupportedSource
 from reshard_service.formats.dcp.item import AFTER_BYTES, HEAD_BYTES, ItemReader, Payload, checksum
 from reshard_service.storage.base import ByteReader
 from reshard_service.storage.local import target_error
@@ -138,7 +138,9 @@ class Source:
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
         try:
             # The reader gives no more than is asked for, whatever a few bytes of the stream would unpack to.
-            with decompressor.stream_reader(cast(IO[bytes], packed), read_size=1 << 17, read_across_frames=True) as stream:
+            with decompressor.stream_reader(
+                cast(IO[bytes], packed), read_size=1 << 17, read_across_frames=True
+            ) as stream:
                 while block := stream.read(_BLOCK):
                     unpacked += len(block)
                     if unpacked > limit:
@@ -219,7 +221,10 @@ class Unpacked:
     def read_into(self, start: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+            try:
+                count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+            except OSError as error:
+                raise StorageFailed(f"reading an unpacked item from a scratch file failed: {error.strerror}") from None
             if count == 0:
                 raise SourceCorrupt("an unpacked item is shorter than its tensor")
             done += count

@@ -140,7 +140,7 @@ class LocalTarget:
         self._design = design
         self._staging = Staging(self.path, self.plan_digest, single_file=self.single_file)
         self._staging.begin()
-        self.scratch = self._staging.folder
+        self.scratch = self._staging.scratch
         self._inserts = _inserts(design, source, algorithm)
         claimed = design_bytes_of_files(design)
         self._finished = self._staging.receipts(design.files, claimed, algorithm)
