@@ -152,7 +152,7 @@ def prepare_target(
             optimizer_dtype=target.optimizer_dtype,
             key_prefix=target.key_prefix,
             state=target.state,
-            data_ranks=None if layout is None else _data_ranks(layout),
+            data_ranks=_data_ranks(layout, target, source),
         ),
     )
     side_files = _side_files(target, source, policy)
@@ -189,7 +189,10 @@ def _target_layout(target: TargetDocument) -> Layout | None:
     return layout_of(target.layout)
 
 
-def _data_ranks(layout: Layout) -> int:
+def _data_ranks(layout: Layout | None, target: TargetDocument, source: Catalogue) -> int | None:
+    """How many ranks share the data in the target; None where a DCP's own chunks and files are kept."""
+    if layout is None:
+        return None if target.format == source.format == "dcp" else 1
     axes = dict(layout.document.mesh.axes)
     return axes.get("fsdp", 1) * axes.get("dp_replicate", 1)
 

@@ -39,10 +39,15 @@ class RunningSegments:
     _hash: Hasher | None = None
     _filled: int = 0
 
+    @property
+    def at(self) -> int:
+        """Where the next bytes have to lie in the file."""
+        return self.start + self._filled
+
     def add(self, start: int, data: memoryview) -> None:
         """Take the next bytes, which lie at ``start`` of the file."""
-        if start != self.start + self._filled:
-            raise AssertionError(f"bytes at {start} came before those at {self.start + self._filled}")
+        if start != self.at:
+            raise AssertionError(f"bytes at {start} came before those at {self.at}")
         while len(data):
             room = SEGMENT_BYTES - self._filled
             if self._hash is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from reshard_service.engine.checksums import RunningSegments
 from reshard_service.engine.mover import Mover
 from reshard_service.engine.source import Source
+from reshard_service.engine.source_digests import SourceDigests
 from reshard_service.engine.targets import Finished, Target, design_bytes_of_files
 from reshard_service.errors import Cancelled
 from reshard_service.manifest import ALGORITHM, Manifest, ManifestFile, manifest_file
@@ -46,7 +47,7 @@ def execute(
 ) -> Execution:
     """Copy, verify the source is unchanged, commit. On any error the target cleans up and nothing is visible."""
     started = time.monotonic()
-    source = Source(plan.source)
+    source = Source(plan.source, SourceDigests(plan.source))
     try:
         adopted = target.begin(plan.design, source, algorithm)
         source.scratch = target.scratch

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from reshard_service.catalogue import Storing, Tensor
 from reshard_service.engine.buffers import Buffer
-from reshard_service.engine.checksums import RunningCrc, crc32
+from reshard_service.engine.checksums import RunningCrc, RunningSegments, crc32
 from reshard_service.engine.source import Source, crc_mismatch
+from reshard_service.engine.source_digests import SourceDigests
 from reshard_service.formats.dcp.item import AFTER_BYTES, Payload, checksum
 from reshard_service.planning.panels import Span
 
@@ -47,6 +48,7 @@ class Fetcher:
     source: Source
     staging: Buffer
     running: dict[int, RunningCrc] = field(default_factory=dict)
+    segments: dict[int, RunningSegments] = field(default_factory=dict)
     _ranges: list[_Range] = field(default_factory=list)
     _unpacked: list[tuple[int, int, Span, Tensor]] = field(default_factory=list)
     _count: int = 0
@@ -151,7 +153,27 @@ class Fetcher:
                     known = checksum(after, span.array_bytes)
                 if running.at == span.array_bytes and known is not None and known != running.value:
                     raise crc_mismatch(wanted.tensor.key, self.source.file_path(wanted.row), known, running.value)
+        if wanted.payload is None and self.source.digests:
+            self._digest(wanted, self.source.digests)
         return self.staging.array, wanted.at
+
+    def _digest(self, wanted: _Range, digests: SourceDigests) -> None:
+        """Run the digests of a bare array on; at its end compare them with the source's manifest."""
+        span, begin = wanted.span, wanted.start - wanted.span.start
+        running = self.segments.get(wanted.row)
+        if running is None:
+            expected = digests.of(wanted.file, begin, span.array_bytes) if span.start == 0 else None
+            if expected is None:
+                return
+            running = self.segments[wanted.row] = RunningSegments(begin, digests.algorithm)
+        if running.at != wanted.start:
+            del self.segments[wanted.row]  # a part was skipped, so the rest proves nothing
+            return
+        running.add(wanted.start, self.staging.view[wanted.at : wanted.at + span.length])
+        if span.start + span.length == span.array_bytes:
+            del self.segments[wanted.row]
+            expected = digests.of(wanted.file, begin, span.array_bytes) or []
+            digests.compare(expected, running.finish(), wanted.tensor.key, self.source.file_path(wanted.row))
 
     def _item(self, wanted: _Range) -> Place:
         """A whole zip item: find the payload in what was read, compare its CRC."""
@@ -165,6 +187,9 @@ class Fetcher:
             found = crc32(item[payload.start : stop])
             if found != expected:
                 raise crc_mismatch(wanted.tensor.key, self.source.file_path(wanted.row), expected, found)
+        if self.source.digests:
+            path = self.source.file_path(wanted.row)
+            self.source.digests.check(wanted.file, wanted.start, item, wanted.tensor.key, path)
         if payload.is_plain:
             return self.staging.array, wanted.at + payload.start
         itemsize = wanted.tensor.dtype.itemsize

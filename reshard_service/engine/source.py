@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from reshard_service.catalogue import Catalogue, Storing, Tensor
 from reshard_service.engine.checksums import crc32
+from reshard_service.engine.source_digests import SourceDigests
 from reshard_service.errors import SourceChanged, SourceCorrupt, StorageFailed, UnsupportedSource
 from reshard_service.formats.dcp.item import AFTER_BYTES, HEAD_BYTES, ItemReader, Payload, checksum
 from reshard_service.storage.base import ByteReader
@@ -28,8 +29,10 @@ _BLOCK = 1 << 20
 class Source:
     """Reads from one catalogue; shared by the threads of a worker."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, digests: SourceDigests | None = None) -> None:
         self.catalogue = catalogue
+        self.digests = digests
+        """To compare what is read with, where the source has a manifest of ours."""
         self.items = ItemReader()
         self.read_bytes = 0
         """Bytes fetched from the store so far."""

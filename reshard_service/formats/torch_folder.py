@@ -53,7 +53,8 @@ def open_torch_folder(storage: Storage, options: OpenOptions) -> Catalogue:
     if "pytorch_model.bin" in files:
         files = ["pytorch_model.bin"]
     if len(files) == 1:
-        return replace(open_torch(storage, options, path=files[0]), side_files=side_files)
+        storage.follow(files[0])
+    return replace(open_torch(storage, options, path=files[0]), side_files=side_files)
     families = _families(files) if all(rank_of_file(name) is not None for name in files) else []
     if not families:
         raise AmbiguousSource(
@@ -80,7 +81,7 @@ def _indexed_files(storage: Storage) -> list[str]:
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not all(type(file) is str for file in weight_map.values()):
         raise SourceCorrupt(f"index {_TORCH_INDEX!r} has no weight_map of tensor names to file names")
-    files = sorted({contained_path(file, named_in=_TORCH_INDEX) for file in weight_map.values()})
+    files = sorted({contained_path(file, named_in=_TORCH_INDEX) for file in set(weight_map.values())})
     missing = [file for file in files if storage.stat(file) is None]
     if missing:
         raise CheckpointIncomplete(

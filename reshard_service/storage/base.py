@@ -62,6 +62,12 @@ class Storage(Protocol):
     def child(self, path: str) -> Storage:
         """The same store with a folder beneath as its root."""
 
+    def follow(self, path: str) -> None:
+        """This name was found by listing the folder, not in a file: if it is a link, it may lead anywhere.
+
+        Names that come out of a file (an index, ``.metadata``) never may (decision 30).
+        """
+
     def stat(self, path: str) -> FileStat | None:
         """None if nothing is there."""
 

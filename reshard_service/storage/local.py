@@ -222,6 +222,7 @@ class LocalStorage:
         self.root = root
         self._roots = roots
         self._resolved = Path(os.path.realpath(root))
+        self._followed: set[str] = set()
 
     def __repr__(self) -> str:
         return f"LocalStorage({str(self.root)!r})"
@@ -237,7 +238,8 @@ class LocalStorage:
         """The absolute path of a name; one that resolves out of the root (and of a Hub cache's blobs) is refused."""
         full = self.root / path if path else self.root
         resolved = Path(os.path.realpath(full))
-        if resolved != self._resolved and not resolved.is_relative_to(self._resolved) and not self._hub_blob(resolved):
+        inside = resolved == self._resolved or resolved.is_relative_to(self._resolved)
+        if not inside and path not in self._followed and not self._hub_blob(resolved):
             raise UnsafeSource(
                 f"{path!r} is a link that leads out of {str(self.root)!r}, to {str(resolved)!r}",
                 file=path,
@@ -245,6 +247,9 @@ class LocalStorage:
             )
         self._expect_allowed(resolved, path)
         return full
+
+    def follow(self, path: str) -> None:
+        self._followed.add(path)
 
     def _expect_allowed(self, resolved: Path, path: str) -> None:
         if self._roots is not None and not any(resolved.is_relative_to(root) for root in self._roots):

@@ -68,6 +68,9 @@ class FsspecStorage:
     def uri(self) -> str:
         return self._uri
 
+    def follow(self, path: str) -> None:
+        """Stores that have links resolve them themselves."""
+
     def child(self, path: str) -> FsspecStorage:
         if not path:
             return self

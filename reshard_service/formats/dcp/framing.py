@@ -29,6 +29,9 @@ _STORAGE_CLASS = {name: cls for cls, name in TYPED_STORAGES.items()}
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _END = struct.Struct("<4sHHHHIIH")
+_CRC = struct.Struct("<I")
+_DESCRIPTOR_CRC, _CENTRAL_CRC = 4, 16
+"""Where a CRC32 lies in a data descriptor and in an entry of the central directory (APPNOTE 4.3.9, 4.3.12)."""
 _UTF8, _DESCRIBED = 0x0800, 0x0008
 _PKL, _ORDER, _VERSION, _DATA = b"archive/data.pkl", b"archive/byteorder", b"archive/version", b"archive/data/0"
 _LITTLE, _FORMAT = b"little", b"3\n"  # 3 = the archive format torch writes since 1.6 (kProducedFileFormatVersion)
@@ -60,49 +63,44 @@ class _Fixed:
 _SHAPES_KEPT = 4096
 
 
+@dataclass(frozen=True, slots=True)
+class _Shaped:
+    """What all items of one (dtype, shape) share: everything but the payload and its CRC32."""
+
+    head: bytes
+    tail: bytes
+    """With zeros where the CRC32 goes."""
+    crc_at: tuple[int, int]
+    """Where it goes in the tail: into the data descriptor and into the directory."""
+
+
 @dataclass(slots=True)
 class TorchItemFraming:
     """The framing of ``.distcp`` items; see :class:`reshard_service.formats.target.Framing`. Threads may share one."""
 
     _fixed: dict[tuple[str, int, bool], _Fixed] = field(default_factory=dict)
-    _shapes: dict[tuple[str, tuple[int, ...]], tuple[bytes, int]] = field(default_factory=dict)
-    """Head and CRC32 of ``data.pkl``: shapes repeat from layer to layer."""
+    _shapes: dict[tuple[str, tuple[int, ...]], _Shaped] = field(default_factory=dict)
+    """Shapes repeat from layer to layer."""
 
     def head(self, dtype: DType, sizes: tuple[int, ...]) -> bytes:
-        return self._shape(dtype, sizes)[0]
+        return self._shape(dtype, sizes).head
 
-    def _shape(self, dtype: DType, sizes: tuple[int, ...]) -> tuple[bytes, int]:
+    def tail(self, dtype: DType, sizes: tuple[int, ...], crc: int) -> bytes:
+        shaped = self._shape(dtype, sizes)
+        tail = bytearray(shaped.tail)
+        for at in shaped.crc_at:
+            _CRC.pack_into(tail, at, crc)
+        return bytes(tail)
+
+    def _shape(self, dtype: DType, sizes: tuple[int, ...]) -> _Shaped:
         at = (dtype.name, sizes)
         known = self._shapes.get(at)
         if known is None:
-            fixed = self._of(dtype, len(sizes), prod(sizes) * dtype.itemsize)
-            pickle = _filled(fixed, dtype, sizes)
-            crc = zlib.crc32(pickle)
-            known = b"".join((_local(_PKL, crc, len(pickle)), pickle, fixed.after_pickle)), crc
+            known = _make_shaped(self._of(dtype, len(sizes), prod(sizes) * dtype.itemsize), dtype, sizes)
             if len(self._shapes) >= _SHAPES_KEPT:
                 self._shapes.clear()
             self._shapes[at] = known
         return known
-
-    def tail(self, dtype: DType, sizes: tuple[int, ...], crc: int) -> bytes:
-        nbytes = prod(sizes) * dtype.itemsize
-        fixed = self._of(dtype, len(sizes), nbytes)
-        order_at, version_at, data_at = fixed.after_pickle_headers
-        if fixed.zip64:
-            descriptor = struct.pack("<4sIQQ", b"PK\x07\x08", crc, nbytes, nbytes)
-        else:
-            descriptor = struct.pack("<4sIII", b"PK\x07\x08", crc, nbytes, nbytes)
-        directory = b"".join(
-            (
-                _central(_PKL, 0, self._shape(dtype, sizes)[1], len(fixed.pickle)),
-                _central(_ORDER, order_at, zlib.crc32(_LITTLE), len(_LITTLE)),
-                _central(_VERSION, version_at, zlib.crc32(_FORMAT), len(_FORMAT)),
-                _central(_DATA, data_at, crc, nbytes, _DESCRIBED),
-            )
-        )
-        directory_at = fixed.head_bytes + nbytes + len(descriptor)
-        padding = -(fixed.head_bytes + nbytes + fixed.least_tail) % ALIGNMENT
-        return b"".join((descriptor, directory, _end(directory_at, len(directory), fixed.zip64, padding)))
 
     def item_lengths(self, dtype: DType, rank: int, nbytes: Int64s) -> tuple[Int64s, Int64s]:
         """Of items with payloads of ``nbytes`` each: bytes before the payload, and bytes in all."""
@@ -138,6 +136,29 @@ def _make_fixed(dtype: DType, rank: int, zip64: bool) -> _Fixed:
     )
     after = b"".join((order, version, data, _DATA, extra))
     return _Fixed(pickle, holes, elements, after, (order_at, version_at, data_at), unpadded + padding, zip64)
+
+
+def _make_shaped(fixed: _Fixed, dtype: DType, sizes: tuple[int, ...]) -> _Shaped:
+    nbytes = prod(sizes) * dtype.itemsize
+    pickle = _filled(fixed, dtype, sizes)
+    pickle_crc = zlib.crc32(pickle)
+    order_at, version_at, data_at = fixed.after_pickle_headers
+    descriptor = struct.pack("<4sIQQ" if fixed.zip64 else "<4sIII", b"PK\x07\x08", 0, nbytes, nbytes)
+    others = b"".join(
+        (
+            _central(_PKL, 0, pickle_crc, len(pickle)),
+            _central(_ORDER, order_at, zlib.crc32(_LITTLE), len(_LITTLE)),
+            _central(_VERSION, version_at, zlib.crc32(_FORMAT), len(_FORMAT)),
+        )
+    )
+    data = _central(_DATA, data_at, 0, nbytes, _DESCRIBED)
+    padding = -(fixed.head_bytes + nbytes + fixed.least_tail) % ALIGNMENT
+    end = _end(fixed.head_bytes + nbytes + len(descriptor), len(others) + len(data), fixed.zip64, padding)
+    return _Shaped(
+        b"".join((_local(_PKL, pickle_crc, len(pickle)), pickle, fixed.after_pickle)),
+        b"".join((descriptor, others, data, end)),
+        (_DESCRIPTOR_CRC, len(descriptor) + len(others) + _CENTRAL_CRC),
+    )
 
 
 def _pickle_with_holes(dtype: DType, rank: int) -> tuple[bytes, tuple[int, ...], bool]:

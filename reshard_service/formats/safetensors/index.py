@@ -33,7 +33,7 @@ def read_index(storage: Storage, path: str) -> Index:
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not all(type(file) is str for file in weight_map.values()):
         raise SourceCorrupt(f"index {path!r} has no weight_map of tensor names to file names", file=path)
-    files = sorted({contained_path(file, named_in=path) for file in weight_map.values()})
+    files = sorted({contained_path(file, named_in=path) for file in set(weight_map.values())})
     foreign = next((file for file in files if not file.endswith(".safetensors")), None)
     if foreign is not None:
         raise UnsupportedSource(f"index {path!r} names {foreign!r}, which is no safetensors file", file=path)

@@ -39,6 +39,8 @@ def open_safetensors(storage: Storage, options: OpenOptions) -> Catalogue:
     if not files:
         raise NotACheckpoint(f"no safetensors file lies in {storage.uri!r}")
     chosen, notices = _without_index(storage, files)
+    for name in chosen:
+        storage.follow(name)
     return _catalogue(storage, options, chosen, read_headers(storage, chosen), notices)
 
 
