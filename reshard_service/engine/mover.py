@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+from numpy.typing import NDArray
 
-from reshard_service.catalogue import Int64s, Tensor
+from reshard_service.catalogue import Chunks, Int64s, Tensor
 from reshard_service.engine.buffers import PAGE, Buffer, align_up
 from reshard_service.engine.checksums import RunningCrc, RunningSegments, crc32, segment_of
 from reshard_service.engine.moves import move_bytes, move_cast
@@ -56,6 +57,8 @@ class _Piece:
     tensor: Tensor
     source: Tensor
     first_place: int
+    sizes: tuple[int, ...]
+    """Of the array that is framed."""
     head: bytes | None
     tail_bytes: int
 
@@ -85,10 +88,13 @@ class Mover:
         self._staging = Buffer(budget.staging_bytes)
         self._output = Buffer(budget.output_bytes)
         self._fetcher = Fetcher(source, self._staging)
+        self._panel_bytes = _panel_bytes(plan, budget.panel_bytes)
         self._panels: dict[tuple[object, ...], list[Panel]] = {}
         self._cached_moves = 0
         self._crcs: dict[int, RunningCrc] = {}
         self._segments: dict[int, RunningSegments] = {}
+        self._fresh: list[SegmentRow] = []
+        """Digests of the run that is being made."""
         self._pending: list[_Piece] = []
         self._pending_bytes = 0
 
@@ -142,17 +148,15 @@ class Mover:
         """Panels of one tensor, remembered by geometry: layers of a model repeat."""
         plan, chunks = self._plan, self._plan.design.chunks
         wanted, given = plan.design.tensors[t], plan.source.tensors[s]
-        source = Arrays.of(plan.source.chunks, plan.source.chunks.rows(s), plan.dims)
-        target = Arrays.of(chunks, chunks.rows(t), plan.dims)
+        source_rows, target_rows = plan.source.chunks.rows(s), chunks.rows(t)
         number = int(plan.pattern_of[t])
-        budget = self._panel_budget(t, s)
         key = (
             number,
-            budget,
+            self._panel_bytes[t],
             given.dtype.itemsize,
             wanted.dtype.itemsize,
-            b"" if plan.source.chunks.stored is None else source.key(),
-            b"" if chunks.stored is None else target.key(),
+            _arrays_key(plan.source.chunks, source_rows, plan.dims),
+            _arrays_key(chunks, target_rows, plan.dims),
             None if keep is None else keep.tobytes(),
         )
         known = self._panels.get(key)
@@ -165,11 +169,11 @@ class Mover:
         for panel in cut_panels(
             wanted.shape,
             pattern,
-            source,
-            target,
+            Arrays.of(plan.source.chunks, source_rows, plan.dims),
+            Arrays.of(chunks, target_rows, plan.dims),
             given.dtype.itemsize,
             wanted.dtype.itemsize,
-            budget,
+            self._panel_bytes[t],
             keep,
         ):
             if panels is not None:
@@ -182,18 +186,6 @@ class Mover:
             self._panels[key] = panels
             self._cached_moves += moves
 
-    def _panel_budget(self, t: int, s: int) -> int:
-        """Payload bytes of a panel, smaller where framing makes up much of what is read or written."""
-        stored = payload = 1
-        for chunks, rows, tensor in (
-            (self._plan.source.chunks, self._plan.source.chunks.rows(s), self._plan.source.tensors[s]),
-            (self._plan.design.chunks, self._plan.design.chunks.rows(t), self._plan.design.tensors[t]),
-        ):
-            ratio = int(chunks.length[rows].sum()) / max(1, tensor.nbytes)
-            if ratio > stored / payload and chunks.stored is None:
-                stored, payload = int(ratio * 1024) + 1, 1024
-        return max(1 << 12, self._budget.panel_bytes * payload // stored)
-
     def _add(self, t: int, s: int, first_source_row: int, panel: Panel) -> None:
         design = self._plan.design
         chunks, tensor, source = design.chunks, design.tensors[t], self._plan.source.tensors[s]
@@ -203,6 +195,7 @@ class Mover:
             span = write.span
             row = first_row + span.row
             start, length, head, tail_bytes = int(chunks.start[row]), span.length, None, 0
+            sizes: tuple[int, ...] = ()
             if design.framing is None:
                 start += span.start
             else:
@@ -218,10 +211,10 @@ class Mover:
                     head = None
             if length == 0:
                 continue  # an array without elements and framing: its file may be complete already
-            piece = _Piece(
-                int(chunks.file[row]), start, length, row, write, tensor, source, first_place, head, tail_bytes
+            file = int(chunks.file[row])
+            self._pending.append(
+                _Piece(file, start, length, row, write, tensor, source, first_place, sizes, head, tail_bytes)
             )
-            self._pending.append(piece)
             self._pending_bytes += length + PAGE
 
     def _flush(self, done: list[range]) -> None:
@@ -235,8 +228,7 @@ class Mover:
         run: tuple[int, int, int] | None = None  # file, start in the file, position in the buffer
         for piece in pieces:
             if run is not None and (piece.file, piece.start) != (run[0], run[1] + at - run[2]):
-                self._sink.write(run[0], run[1], self._output, run[2], at - run[2])
-                self._progress(at - run[2])
+                self._write(*run, at)
                 run = None
                 at = align_up(at)
             if run is None:
@@ -246,18 +238,23 @@ class Mover:
                 run = (piece.file, piece.start, begin)
                 at = begin
             elif at + piece.length > self._output.size:
-                self._sink.write(run[0], run[1], self._output, run[2], at - run[2])
-                self._progress(at - run[2])
+                self._write(*run, at)
                 at = PAGE + piece.start % PAGE
                 run = (piece.file, piece.start, at)
             self._make(piece, places, at)
             at += piece.length
         if run is not None:
-            self._sink.write(run[0], run[1], self._output, run[2], at - run[2])
-            self._progress(at - run[2])
+            self._write(*run, at)
         for rows in done:
             self._source.forget(rows)
         done.clear()
+
+    def _write(self, file: int, start: int, begin: int, end: int) -> None:
+        """Hand over one run, ``[begin, end)`` of the output buffer, and its digests before it."""
+        fresh, self._fresh = self._fresh, []
+        self._sink.add_segments(file, fresh)
+        self._sink.write(file, start, self._output, begin, end - begin)
+        self._progress(end - begin)
 
     def _make(self, piece: _Piece, places: list[Place], at: int) -> None:
         """Fill one piece of the output buffer: head, moved bytes, tail; digests and CRC on the way."""
@@ -289,14 +286,13 @@ class Mover:
         if span.start + span.length == span.array_bytes and framing is not None:
             crc = crc32(payload) if running is None else running.value
             self._crcs.pop(piece.row, None)
-            sizes = tuple(self._plan.design.chunks.sizes[piece.row, : len(piece.tensor.shape)].tolist())
-            self._output.view[at : at + piece.tail_bytes] = framing.tail(piece.tensor.dtype, sizes, crc)
+            self._output.view[at : at + piece.tail_bytes] = framing.tail(piece.tensor.dtype, piece.sizes, crc)
 
     def _digest(self, piece: _Piece, data: memoryview) -> None:
         span = piece.write.span
         if span.whole and len(data) <= self._budget.output_bytes:
             if len(data):
-                self._sink.add_segments(piece.file, [segment_of(piece.start, data, self._algorithm)])
+                self._fresh.append(segment_of(piece.start, data, self._algorithm))
             return
         running = self._segments.get(piece.row)
         if running is None:
@@ -304,4 +300,31 @@ class Mover:
         running.add(piece.start, data)
         if span.start + span.length == span.array_bytes:
             del self._segments[piece.row]
-            self._sink.add_segments(piece.file, running.finish())
+            self._fresh += running.finish()
+
+
+def _arrays_key(chunks: Chunks, rows: slice, dims: int) -> bytes:
+    """What tells the stored arrays of tensors apart whose rectangles are the same."""
+    return b"" if chunks.stored is None else Arrays.of(chunks, rows, dims).key()
+
+
+def _panel_bytes(plan: Plan, largest: int) -> list[int]:
+    """Payload of a panel of each tensor: less where framing makes up much of what is read or written."""
+    source, design = plan.source, plan.design
+    itemsizes = np.array([tensor.dtype.itemsize for tensor in design.tensors], dtype=np.int64)
+    read = _framing_factor(source.chunks, source.itemsizes())[design.sources]
+    written = _framing_factor(design.chunks, itemsizes)
+    panel: list[int] = np.maximum(1 << 12, largest / np.maximum(read, written)).astype(np.int64).tolist()
+    return panel
+
+
+def _framing_factor(chunks: Chunks, itemsizes: Int64s) -> NDArray[np.float64]:
+    """For each tensor its bytes on disk over its payload, at least 1 (compressed items count as unpacked)."""
+    if chunks.stored is not None or not len(chunks):
+        return np.ones(len(itemsizes))
+    stored, payload = (
+        np.add.reduceat(np.append(column, 0).astype(np.float64), chunks.first[:-1]) * (np.diff(chunks.first) > 0)
+        for column in (chunks.length, chunks.nbytes_of_rows(itemsizes))
+    )
+    factor: NDArray[np.float64] = np.maximum(1.0, stored / np.maximum(payload, 1.0))
+    return factor
