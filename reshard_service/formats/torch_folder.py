@@ -54,7 +54,7 @@ def open_torch_folder(storage: Storage, options: OpenOptions) -> Catalogue:
         files = ["pytorch_model.bin"]
     if len(files) == 1:
         storage.follow(files[0])
-    return replace(open_torch(storage, options, path=files[0]), side_files=side_files)
+        return replace(open_torch(storage, options, path=files[0]), side_files=side_files)
     families = _families(files) if all(rank_of_file(name) is not None for name in files) else []
     if not families:
         raise AmbiguousSource(
