@@ -13,6 +13,7 @@ from reshard_service.conversion.overwrite import Decision, decide
 from reshard_service.conversion.prepare import Prepared, open_source, prepare_target
 from reshard_service.documents.job import JobDocument, TargetDocument
 from reshard_service.engine.execute import execute
+from reshard_service.engine.staging import Staging
 from reshard_service.engine.targets import LocalTarget, ObjectTarget, Target
 from reshard_service.errors import Cancelled, InputRefused, ReshardError
 from reshard_service.manifest import Manifest
@@ -109,6 +110,8 @@ def convert(
 
 def _convert_one(prepared: Prepared, watcher: Watcher, cancelled: Callable[[], bool]) -> TargetReport:
     require_sound(prepared.plan)
+    if (path := prepared.place.local_path) is not None:
+        Staging(path, prepared.plan.digest, single_file=prepared.place.single_file is not None).clear_rubbish()
     decision = decide(prepared)
     if decision is Decision.SAME:
         return _report(prepared, "same")

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from reshard_service.engine.checksums import read_digest
 from reshard_service.engine.claims import Claims
+from reshard_service.engine.interrupts import uninterrupted
 from reshard_service.engine.rename import rename_no_replace, replace_by, replaced_name
-from reshard_service.errors import TargetBusy, TargetError, TargetReadOnly
+from reshard_service.errors import ReshardError, TargetBusy, TargetError, TargetReadOnly
 from reshard_service.formats.target import OutputFile
 from reshard_service.manifest import MANIFEST_NAME, SegmentRow, manifest_path
 from reshard_service.storage.local import LocalReader, sync_file_system, sync_folder, target_error
@@ -37,7 +38,7 @@ class Staging:
     """The staging folder of one (plan, target) pair and this attempt's epoch in it."""
 
     def __init__(self, target: Path, plan_digest: str, *, single_file: bool) -> None:
-        # A link is followed: its place gets the data, and stays a link.
+        # Links are followed: the folder beside has to be on the file system of the real place.
         self.target = Path(os.path.realpath(target))
         self.single_file = single_file
         self.folder = self.target.with_name(f".{self.target.name}.reshard-{plan_digest[:12]}")
@@ -68,6 +69,11 @@ class Staging:
             if isinstance(fault, TargetReadOnly):
                 fault.hint = "name a target in a folder you may write to"
             raise fault from None
+
+    def clear_rubbish(self) -> None:
+        """Remove what a process left that was killed while it committed; nothing while one is at it."""
+        with contextlib.suppress(ReshardError, OSError):
+            self._recover()
 
     def _recover(self) -> None:
         """After a process that died while it committed: what it left may be the new checkpoint or the replaced one."""
@@ -151,8 +157,8 @@ class Staging:
         """
         self._claims.check()
         try:
-            with contextlib.ExitStack() as undo:
-                sync_file_system(self.folder)
+            sync_file_system(self.folder)
+            with uninterrupted(), contextlib.ExitStack() as undo:
                 self._put_state_beside(undo)
                 if self.single_file:
                     self._commit_file(undo, replace=replace)
@@ -160,10 +166,10 @@ class Staging:
                     self._commit_folder(undo, replace=replace)
                 sync_folder(self.target.parent)
                 undo.pop_all()
+                self._is_committed = True
         except OSError as error:
             raise target_error(error, f"committing {str(self.target)!r}") from None
-        self._is_committed = True
-        with contextlib.suppress(KeyboardInterrupt):  # it is done; what is left here now is rubbish
+        with uninterrupted():  # it is done; what is left here now is rubbish
             for rubbish in (self.folder, replaced_name(self.folder), self._beside):
                 shutil.rmtree(rubbish, ignore_errors=True)
 
