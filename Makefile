@@ -1,7 +1,7 @@
 # One word per task; each sets up what it needs. `make install` works on a fresh machine with Python 3.11 or later.
 #
-# PyPI's own torch wheel for Linux brings CUDA. To do without:
-#   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# PyPI's own torch wheel for Linux brings CUDA. To do without, name an index of CPU builds:
+#   make install TORCH_INDEX=URL
 TORCH_INDEX ?=
 # Worker processes of the test run. Some tests start four ranks of their own: more than the cores help little.
 JOBS ?= 2
