@@ -5,13 +5,11 @@ from __future__ import annotations
 from enum import Enum
 
 from reshard_service.conversion.prepare import Prepared
-from reshard_service.errors import ReshardError, TargetExists
+from reshard_service.engine.object_claims import CLAIM_NAME, claimed_plan
+from reshard_service.errors import InputRefused, ReshardError, TargetExists
 from reshard_service.formats.detect import open_checkpoint
 from reshard_service.formats.options import OpenOptions
 from reshard_service.manifest import Manifest, manifest_path, parse_manifest
-from reshard_service.storage.uri import open_storage
-
-_CLAIM = ".reshard-claim"
 
 
 class Decision(Enum):
@@ -25,7 +23,7 @@ class Decision(Enum):
 def decide(prepared: Prepared) -> Decision:
     """Write, replace, or leave what is there because it is this very result; else :class:`TargetExists`."""
     choice = prepared.document.overwrite
-    if not _occupied(prepared):
+    if not _occupied(prepared) or _is_unfinished(prepared):
         return Decision.WRITE
     if choice == "never":
         raise TargetExists(
@@ -48,7 +46,19 @@ def _occupied(prepared: Prepared) -> bool:
     status = place.storage.stat("")
     if status is not None and not status.is_dir:
         return True
-    return any(not entry.name.startswith(_CLAIM) for entry in place.storage.list_dir())
+    return any(entry.name != CLAIM_NAME for entry in place.storage.list_dir())
+
+
+def _is_unfinished(prepared: Prepared) -> bool:
+    """Whether objects of this very conversion lie at the target, left by an attempt that was killed."""
+    place = prepared.place
+    if place.storage.is_local or claimed_plan(place.storage, place.single_file) != prepared.plan.digest:
+        return False
+    try:
+        _require_same(prepared)
+    except TargetExists:
+        return True
+    return False
 
 
 def existing_manifest(prepared: Prepared) -> Manifest | None:
@@ -57,7 +67,10 @@ def existing_manifest(prepared: Prepared) -> Manifest | None:
     path = manifest_path(place.single_file is not None, place.single_file or "")
     if place.storage.stat(path) is None:
         return None
-    return parse_manifest(place.storage.read_bytes(path), named=path)
+    try:
+        return parse_manifest(place.storage.read_bytes(path), named=path)
+    except InputRefused:  # damaged: what lies here is not our input, and proves nothing
+        return None
 
 
 def _require_same(prepared: Prepared) -> None:
@@ -81,11 +94,15 @@ def _require_same(prepared: Prepared) -> None:
 
 def _require_checkpoint(prepared: Prepared) -> None:
     """``always`` replaces checkpoints only, so that a mistyped path never deletes anything else."""
+    place = prepared.place
     try:
-        open_checkpoint(open_storage(prepared.place.uri), OpenOptions())
+        open_checkpoint(place.storage.child(place.single_file or ""), OpenOptions())
     except ReshardError as error:
         if existing_manifest(prepared) is None:
+            unfinished = not place.storage.is_local and claimed_plan(place.storage, place.single_file) is not None
             raise TargetExists(
-                f"{prepared.place.uri!r} is not recognised as a checkpoint, so it is not replaced ({error.code})",
-                hint="remove it yourself if it may go",
+                f"{place.uri!r} is not recognised as a checkpoint, so it is not replaced ({error.code})",
+                hint="another conversion was interrupted there: repeat that one, or remove what it left"
+                if unfinished
+                else "remove it yourself if it may go",
             ) from None

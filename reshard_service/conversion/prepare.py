@@ -18,7 +18,7 @@ from reshard_service.documents.job import (
 )
 from reshard_service.documents.layout import LayoutDocument
 from reshard_service.dtypes import by_name
-from reshard_service.errors import CheckpointIncomplete, UsageError
+from reshard_service.errors import CheckpointIncomplete, UriRefused, UsageError
 from reshard_service.formats.detect import open_checkpoint
 from reshard_service.formats.options import OpenOptions, WriteOptions
 from reshard_service.formats.side_files import carried_side_files
@@ -31,7 +31,7 @@ from reshard_service.planning.budget import Budget, default_budget
 from reshard_service.planning.plan import Plan, make_plan
 from reshard_service.planning.selection import DTYPES, Selected, SelectionRequest, select
 from reshard_service.storage.base import Storage
-from reshard_service.storage.uri import CLI_POLICY, UriPolicy, open_storage
+from reshard_service.storage.uri import CLI_POLICY, UriPolicy, open_storage, split_scheme
 
 LAYOUT_FORMATS = ("dcp", "dcp-safetensors", "rank-safetensors")
 _POLL_SECONDS = 1.0
@@ -120,10 +120,13 @@ def open_place(uri: str, policy: UriPolicy = CLI_POLICY) -> Place:
     trimmed = uri.rstrip("/")
     if not trimmed.endswith(".safetensors"):
         return Place(trimmed, open_storage(trimmed, policy), None)
-    folder, _, name = trimmed.rpartition("/")
-    if not folder and trimmed.startswith("/"):
-        folder = "/"
-    return Place(trimmed, open_storage(folder or ".", policy), name)
+    scheme, rest = split_scheme(trimmed)
+    folder, slash, name = rest.rpartition("/")
+    if scheme == "file":
+        return Place(trimmed, open_storage(folder or slash or ".", policy), name)
+    if not slash:
+        raise UriRefused(f"{trimmed!r} names a bucket or host and no file in it")
+    return Place(trimmed, open_storage(f"{scheme}://{folder}", policy), name)
 
 
 def prepare_target(
@@ -211,6 +214,8 @@ def _bound(layout: Layout, selection: Selection) -> Layout:
 def _require_apart(place: Place, source: Catalogue) -> None:
     """A target inside its source would be read as part of it the next time, one around it would hide it."""
     path = place.local_path
+    if path is not None and path.resolve() == Path.cwd():
+        raise UsageError("the folder you are in can't be the target", hint="name a new folder in it")
     if path is None or not source.storage.is_local:
         return
     target, origin = path.resolve(), Path(source.storage.uri).resolve()

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 from reshard_service.errors import TargetBusy
 from reshard_service.storage.local import LocalStorage
@@ -28,9 +29,8 @@ class Claims:
                     f"process {other} on this host is already writing {what}",
                     hint="wait for it; if you stop it, the next run goes on where it was",
                 )
-            mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
             # Created whole: a claim that can be read half written looks like one that nobody holds.
-            if LocalStorage(self._folder).create_once(str(holder + 1), json.dumps(mine).encode()):
+            if LocalStorage(self._folder).create_once(str(holder + 1), json.dumps(this_process()).encode()):
                 self.epoch = holder + 1
                 return
 
@@ -56,13 +56,25 @@ class Claims:
 
     def _living(self, epoch: int) -> int | None:
         try:
-            claim = json.loads((self._folder / str(epoch)).read_text())
-            pid, started = int(claim["pid"]), claim["started"]
-            if claim["host"] != socket.gethostname() or pid == os.getpid():
-                return None
-        except (OSError, ValueError, KeyError, TypeError):
+            return living_process(json.loads((self._folder / str(epoch)).read_text()))
+        except (OSError, ValueError):
             return None
-        return pid if started is not None and _started(pid) == started else None
+
+
+def this_process() -> dict[str, Any]:
+    """What a claim says of its holder."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def living_process(claim: object) -> int | None:
+    """The holder's number if a claim's holder is another process of this host that still runs."""
+    try:
+        host, pid, started = (claim[key] for key in ("host", "pid", "started"))  # type: ignore[index]
+        if host != socket.gethostname() or int(pid) == os.getpid() or started is None:
+            return None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return int(pid) if _started(int(pid)) == started else None
 
 
 def _started(pid: int) -> str | None:

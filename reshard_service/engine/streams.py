@@ -23,11 +23,13 @@ class StreamSink(RunSink):
         storage: Storage,
         design: Design,
         inserts: Inserts,
+        begun: Callable[[str], None],
         finished: Callable[[int, list[SegmentRow]], None],
     ) -> None:
         self._storage = storage
         self._design = design
         self._inserts = inserts
+        self._begun = begun
         self._finished = finished
         self._file: int | None = None
         self._stream: StreamWriter | None = None
@@ -62,6 +64,7 @@ class StreamSink(RunSink):
 
     def _open(self, file: int) -> None:
         self._file, self._at = file, 0
+        self._begun(self._design.files[file].path)
         self._stream = self._storage.create(self._design.files[file].path)
 
     def _close(self) -> None:

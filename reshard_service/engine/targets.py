@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Protocol
 from reshard_service.engine.checksums import RunningSegments
 from reshard_service.engine.files import LocalSink, OutputFiles
 from reshard_service.engine.mover import RunSink
+from reshard_service.engine.object_claims import ObjectClaim, claim_path
 from reshard_service.engine.source import Source
 from reshard_service.engine.staging import Staging
 from reshard_service.engine.streams import Inserts, StreamSink
@@ -221,31 +222,21 @@ class ObjectTarget:
     _sinks: list[StreamSink] = field(default_factory=list)
     _written: list[str] = field(default_factory=list)
 
-    CLAIM = ".reshard-claim.json"
-
     def begin(self, design: Design, source: Source, algorithm: str) -> Finished:
         self._design = design
-        claim = json.dumps({"plan": self.plan_digest}).encode()
-        if not self.storage.create_once(self._claim(), claim) and self.storage.read_bytes(self._claim()) != claim:
-            raise TargetBusy(
-                f"another conversion has claimed {self.storage.uri!r}",
-                file=self._claim(),
-                hint="wait for it, or remove the claim object if it is dead",
-            )
+        self._single = design.files[0].path if self.single_file else None
+        self._claim = ObjectClaim(self.storage, self._single, self.plan_digest)
+        self._claim.take()
         if self.replace:
             self._remove_old()
         self._inserts = _inserts(design, source, algorithm)
         return {}
 
-    def _claim(self) -> str:
-        return f"{self._design.files[0].path}{self.CLAIM}" if self.single_file else self.CLAIM
-
     def _remove_old(self) -> None:
         """The old checkpoint's markers first, so that it stops being visible before its data goes."""
-        names = [entry.name for entry in self.storage.list_dir() if not entry.is_dir and entry.name != self._claim()]
-        if self.single_file:
-            own = self._design.files[0].path
-            names = [name for name in names if name in (own, manifest_path(True, own))]
+        names = [entry.name for entry in self.storage.list_dir() if entry.name != claim_path(self._single)]
+        if self._single is not None:
+            names = [name for name in names if name in (self._single, manifest_path(True, self._single))]
         markers = (".metadata", MANIFEST_NAME, "adapter_config.json", "config.json")
         for name in sorted(names, key=lambda name: (name not in markers and not name.endswith(".index.json"), name)):
             self.storage.remove(name)
@@ -259,12 +250,12 @@ class ObjectTarget:
                 sink.write_whole(file)
 
     def sink(self) -> RunSink:
-        sink = StreamSink(self.storage, self._design, self._inserts, self._on_finished)
+        # A name counts as written from the start: an upload whose answer was lost may be there all the same.
+        sink = StreamSink(self.storage, self._design, self._inserts, self._written.append, self._on_finished)
         self._sinks.append(sink)
         return sink
 
     def _on_finished(self, number: int, segments: list[SegmentRow]) -> None:
-        self._written.append(self._design.files[number].path)
         self._finished[number] = segments
 
     def finished(self) -> Finished:
@@ -274,6 +265,7 @@ class ObjectTarget:
         return self.storage
 
     def write_small(self, path: str, data: bytes) -> None:
+        self._written.append(path)
         stream = self.storage.create(path)
         try:
             stream.write(memoryview(data))
@@ -281,18 +273,26 @@ class ObjectTarget:
             stream.abort()
             raise
         stream.close()
-        self._written.append(path)
 
     def commit(self, manifest: bytes, closing: list[tuple[str, bytes]]) -> None:
+        self._claim.check()
         self.write_small(manifest_path(self.single_file, self._design.files[0].path), manifest)
         for path, data in closing:
             self.write_small(path, data)
-        self.storage.remove(self._claim())
+        with contextlib.suppress(ReshardError):  # the target stands; a claim that stays is one of a finished plan
+            self._claim.release()
 
     def fail(self, error: BaseException) -> None:
-        if not hasattr(self, "_design") or isinstance(error, TargetBusy):
-            return
         for sink in self._sinks:
             sink.abort()
-        for path in (*reversed(self._written), self._claim()):
-            self.storage.remove(path)
+        if not hasattr(self, "_claim") or not self._claim.is_held:
+            return
+        is_clean = True
+        for path in reversed(self._written):  # the marker first
+            try:
+                self.storage.remove(path)
+            except ReshardError:
+                is_clean = False
+        if is_clean:  # otherwise the claim lets the next attempt at the same plan write over what stayed
+            with contextlib.suppress(ReshardError):
+                self._claim.release()

@@ -1,8 +1,8 @@
 """A program that kills the command line at its n-th call to the disk, for n = 1, 2, …, and looks at what is left.
 
 Without torch, so that each run is a quick fork: ``python -m tests.engine.killing WORK.json`` prints a JSON list with
-one entry a run. Work: ``arguments`` of ``reshard`` with ``{target}`` for the target, ``signal``, ``old`` (a folder whose
-content lies beside the target before each run, or null), ``step`` (every how many calls), ``folder``.
+one entry a run. The work: ``arguments`` of ``reshard``, whose target lies in ``folder``/place; ``signal``; ``old``, a
+folder that is copied to that place before each run, or null; ``step``, every how many calls.
 """
 
 from __future__ import annotations
