@@ -43,9 +43,7 @@ class ObjectClaim:
             found = self._storage.read_bytes(self._path)
             if found != self._mine:  # else only the answer to our own request was lost
                 self._require_abandoned(_parsed(found))
-                stream = self._storage.create(self._path)
-                stream.write(memoryview(self._mine))
-                stream.close()
+                write_object(self._storage, self._path, self._mine)
         self.is_held = True
         self.check()
 
@@ -72,6 +70,17 @@ class ObjectClaim:
     def release(self) -> None:
         self._storage.remove(self._path)
         self.is_held = False
+
+
+def write_object(storage: Storage, path: str, data: bytes) -> None:
+    """A small object, whole or not at all; one of that name is replaced."""
+    stream = storage.create(path)
+    try:
+        stream.write(memoryview(data))
+        stream.close()
+    except BaseException:
+        stream.abort()
+        raise
 
 
 def _parsed(data: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Protocol
 from reshard_service.engine.checksums import RunningSegments
 from reshard_service.engine.files import LocalSink, OutputFiles
 from reshard_service.engine.mover import RunSink
-from reshard_service.engine.object_claims import ObjectClaim, claim_path
+from reshard_service.engine.object_claims import ObjectClaim, claim_path, write_object
 from reshard_service.engine.source import Source
 from reshard_service.engine.staging import Staging
 from reshard_service.engine.streams import Inserts, StreamSink
@@ -266,13 +266,7 @@ class ObjectTarget:
 
     def write_small(self, path: str, data: bytes) -> None:
         self._written.append(path)
-        stream = self.storage.create(path)
-        try:
-            stream.write(memoryview(data))
-        except BaseException:
-            stream.abort()
-            raise
-        stream.close()
+        write_object(self.storage, path, data)
 
     def commit(self, manifest: bytes, closing: list[tuple[str, bytes]]) -> None:
         self._claim.check()
