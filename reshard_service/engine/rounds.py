@@ -118,6 +118,7 @@ class Fetcher:
         ranges = sorted(self._ranges, key=lambda wanted: (wanted.file, wanted.start))
         spare = self.staging.size - self.used
         at = 0
+        runs: list[tuple[int, int, int, int]] = []
         position = 0
         while position < len(ranges):
             head = ranges[position]
@@ -134,8 +135,12 @@ class Fetcher:
                 wanted.at = at + wanted.start - begin
                 end = max(end, wanted.start + wanted.length)
                 position += 1
-            self.source.read_into(head.file, begin, self.staging.view[at : at + end - begin])
+            runs.append((head.file, begin, at, end - begin))
             at += end - begin
+        for file, begin, _, length in runs:
+            self.source.will_read(file, begin, length)
+        for file, begin, place, length in runs:
+            self.source.read_into(file, begin, self.staging.view[place : place + length])
 
     def _plain(self, wanted: _Range) -> Place:
         """A span whose place was known before reading. Its CRC runs on, and is compared at the array's end."""

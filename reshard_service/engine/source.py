@@ -57,6 +57,10 @@ class Source:
                 self._open.move_to_end(file)
             return reader
 
+    def will_read(self, file: int, start: int, length: int) -> None:
+        """Let the store begin to fetch what is read next: the files of a round are then read together."""
+        self.reader(file).will_need(start, length)
+
     def read_into(self, file: int, start: int, buffer: memoryview) -> None:
         self.reader(file).read_into(start, buffer)
         with self._lock:

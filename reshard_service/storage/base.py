@@ -32,8 +32,8 @@ class ByteReader(Protocol):
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes from ``start``; a short file raises ``SourceCorrupt``."""
 
-    def done_with(self, start: int, length: int) -> None:
-        """A hint that these bytes won't be needed again, so that caches may let go of them."""
+    def will_need(self, start: int, length: int) -> None:
+        """A hint that these bytes are read soon, so that fetching them may begin."""
 
     def close(self) -> None: ...
 

@@ -121,9 +121,9 @@ class LocalReader:
                 raise self._short(start + done, start, wanted)
             done += count
 
-    def done_with(self, start: int, length: int) -> None:
+    def will_need(self, start: int, length: int) -> None:
         with contextlib.suppress(OSError):
-            os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._descriptor, start, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -87,7 +87,7 @@ class FsspecReader:
                 expect_length(piece, at, end - at, self._name)
                 buffer[at - start : end - start] = piece
 
-    def done_with(self, start: int, length: int) -> None:
+    def will_need(self, start: int, length: int) -> None:
         """Nothing of a remote file is kept here."""
 
     def close(self) -> None:
