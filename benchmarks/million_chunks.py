@@ -24,6 +24,12 @@ from pathlib import Path
 ROWS, COLUMNS, ITEM_OVERHEAD = 300, 4096, 1577
 PROMISED_SECONDS, PROMISED_BYTES = 10.0, 1_500_000_000
 
+TWO_D = """
+version: 1
+mesh: {{axes: [[fsdp, {fsdp}], [tp, 2]]}}
+rules: [{{match: "**.up_proj.weight", placements: {{tp: shard(1)}}}}]
+"""
+
 
 def make(folder: Path, tensors: int, chunks: int) -> None:
     """One FSDP save of ``tensors`` bf16 matrices over ``chunks`` ranks, data files all holes."""
@@ -139,13 +145,17 @@ def main() -> int:
         size = (folder / ".metadata").stat().st_size
         print(f"{arguments.tensors * arguments.chunks} chunks, .metadata of {size / 1e6:.0f} MB")
         print(f"{'target':28}{'open s':>8}{'plan s':>8}{'wall s':>8}{'peak GB':>9}")
-        targets = [["dcp", f"fsdp={max(1, arguments.chunks * 3 // 4)}"], ["safetensors"]]
+        rows = max(1, arguments.chunks * 3 // 4)
+        columns = base / "2-D.yaml"
+        columns.write_text(TWO_D.format(fsdp=rows), encoding="utf-8")
+        targets = [["dcp", f"fsdp={rows}"], ["dcp", str(columns)], ["safetensors"]]
         for target in targets:
             walls = []
+            title = " ".join(target).replace(str(columns), f"fsdp={rows},tp=2 (2-D)")
             for _ in range(arguments.rounds):
                 figures, wall, peak = _watched([*me, "measure", str(folder), *target])
                 print(
-                    f"{' '.join(target):28}{figures['open']:8.2f}{figures['plan']:8.2f}{wall:8.2f}{peak / 1e9:9.2f}",
+                    f"{title:28}{figures['open']:8.2f}{figures['plan']:8.2f}{wall:8.2f}{peak / 1e9:9.2f}",
                     flush=True,
                 )
                 walls.append(wall)
