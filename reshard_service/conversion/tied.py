@@ -11,7 +11,7 @@ from reshard_service.catalogue import Catalogue, Notice, Section
 from reshard_service.errors import TiedWeightsDiffer
 from reshard_service.identity import strip_wrappers
 from reshard_service.planning.selection import Selected
-from reshard_service.verify.diff import compare_tensors
+from reshard_service.verify.compare import compare_tensors
 
 _OUTPUT = ("lm_head.weight", "embed_out.weight", "output_layer.weight")
 _INPUT = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
