@@ -25,7 +25,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.measuring import MeasurementFailed, Run, make_cold, make_warm, run
 from benchmarks.models import models
 
-HEADING = f"{'':44}{'wall s':>8}{'× cp':>7}{'(range)':>13}{'CPU s':>8}{'peak MB':>9}"
+HEADING = f"{'':44}{'wall s':>8}{'× cp':>7}{'(range)':>15}{'CPU s':>8}{'peak MB':>9}"
 PROMISED_PEAK_BYTES = 200_000_000
 _OURS = "import reshard_service.cli.app, reshard_service.cli.commands_convert, reshard_service.conversion.run"
 _THEIRS = "import benchmarks.torch_tools"
@@ -58,7 +58,7 @@ class Contender:
         cpu = statistics.median(run.cpu_seconds for run in self.runs)
         spread = f"{min(self.ratios):.2f}-{max(self.ratios):.2f}"
         peak = max(run.peak_bytes for run in self.runs) / 1e6
-        return f"  {self.name:42}{wall:8.2f}{statistics.median(self.ratios):7.2f}{spread:>13}{cpu:8.1f}{peak:9.0f}"
+        return f"  {self.name:42}{wall:8.2f}{statistics.median(self.ratios):7.2f}{spread:>15}{cpu:8.1f}{peak:9.0f}"
 
 
 class Bench:
