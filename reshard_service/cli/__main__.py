@@ -1,5 +1,5 @@
 """``python -m reshard_service.cli`` is ``reshard``."""
 
-from reshard_service.cli.app import main
+from reshard_service.cli import main
 
 main()

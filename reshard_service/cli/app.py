@@ -64,15 +64,24 @@ def main() -> None:
     wants_json = "--json" in sys.argv
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # here, where a reader that went away is no error
     except ReshardError as error:
         print_error(error, wants_json)
         sys.exit(error.exit_code)
     except (_Stopped, KeyboardInterrupt, typer.Abort):
         print_error(Cancelled("stopped; nothing became visible at the target"), wants_json)
         sys.exit(Cancelled.exit_code)
+    except SystemExit:
+        sys.exit(_reader_gone())  # what typer makes of a broken pipe, whose exit code would mean something else
     except Exception as error:
         sys.exit(_unexpected(error, wants_json))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _reader_gone() -> int:
+    """Whoever read our output has seen enough; what is still in the buffer goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    return 0
 
 
 def _unexpected(error: Exception, wants_json: bool) -> int:
@@ -84,8 +93,7 @@ def _unexpected(error: Exception, wants_json: bool) -> int:
             print_json({"error": error_document(UsageError(getattr(error, "message", "") or str(error)))})
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_gone()
     if isinstance(error, FileNotFoundError) and not _has_working_folder():
         gone = EnvironmentUnfit("the working folder was deleted", hint="change to one that exists")
         print_error(gone, wants_json)

@@ -31,7 +31,8 @@ def _job_command(run: Callable[[JobDocument, bool], int]) -> Callable[..., int]:
 
     import inspect
 
-    signature = inspect.signature(job_from_options, eval_str=True)
+    # What it gives is no option, and its type would be imported before a command is known to need it.
+    signature = inspect.signature(job_from_options, eval_str=True, locals={"JobDocument": object})
     parameters = [
         *signature.parameters.values(),
         inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json),

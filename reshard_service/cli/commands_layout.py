@@ -101,12 +101,13 @@ def _catalogue(model: str) -> Any:
     from reshard_service.catalogue import Section
     from reshard_service.conversion import open_source
     from reshard_service.documents.job import SourceDocument
+    from reshard_service.documents.reading import validated
     from reshard_service.errors import InputRefused
 
     if Path(model).is_file() and model.endswith(".json"):
         return None
     try:
-        catalogue = open_source(SourceDocument(uri=model))
+        catalogue = open_source(validated(SourceDocument, {"uri": model}, "--model"))
     except InputRefused:
         if Path(model).is_dir() and (Path(model) / "config.json").is_file():
             return None

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reshard_service.catalogue import Section
 from reshard_service.cli.options import (
     Exclude,
     From,
@@ -24,7 +23,7 @@ from reshard_service.cli.options import (
 from reshard_service.cli.output import ProgressBar, human_bytes, notice_document, print_json, print_notices, say
 
 if TYPE_CHECKING:
-    from reshard_service.catalogue import Catalogue
+    from reshard_service.catalogue import Catalogue, Section
 
 Uri = Annotated[str, typer.Argument(help="checkpoint: path or URI", metavar="URI")]
 _SHOWN_LINES = 40
@@ -126,6 +125,8 @@ def _chunk_list(catalogue: Catalogue, index: int) -> list[dict[str, Any]]:
 
 
 def _say_catalogue(catalogue: Catalogue) -> None:
+    from reshard_service.catalogue import Section
+
     say(f"{catalogue.uri}")
     say(f"  format    {catalogue.format}" + (f", written by {catalogue.producer}" if catalogue.producer else ""))
     if catalogue.world:

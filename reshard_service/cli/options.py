@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reshard_service.documents.job import JobDocument, job_document, read_job_document
 from reshard_service.errors import UsageError
+
+if TYPE_CHECKING:
+    from reshard_service.documents.job import JobDocument
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, nothing else")]
 From = Annotated[
@@ -98,6 +100,8 @@ def job_from_options(
 ) -> JobDocument:
     """The job that the options describe, checked."""
     stated = dict(locals())
+    from reshard_service.documents.job import job_document, read_job_document
+
     if job is not None:
         if src is not None or dst is not None:
             raise UsageError("--job names source and targets itself; leave SRC and DST out")

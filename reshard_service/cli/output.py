@@ -10,16 +10,16 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from reshard_service.catalogue import Notice
 from reshard_service.errors import ReshardError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from reshard_service.catalogue import Notice
     from reshard_service.documents.job import TargetDocument
 
 
-_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def human_bytes(count: float) -> str:
@@ -33,7 +33,12 @@ def human_bytes(count: float) -> str:
 
 def print_json(document: dict[str, Any]) -> None:
     """The one document of ``--json``."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name need not be UTF-8
+        text = json.dumps(document, indent=2)
+    sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 
 from reshard_service.conversion.prepare import Prepared
@@ -39,7 +40,7 @@ def decide(prepared: Prepared) -> Decision:
 
 def _occupied(prepared: Prepared) -> bool:
     place = prepared.place
-    if place.local_path is not None and place.local_path.is_symlink():
+    if place.local_path is not None and os.path.islink(place.local_path):
         return True  # even if it leads nowhere
     if place.single_file is not None:
         return place.storage.stat(place.single_file) is not None
