@@ -103,7 +103,6 @@ def carried_side_files(storage: Storage, *, dtype: DType | None = None) -> list[
     files: list[tuple[str, bytes]] = []
     total = 0
     for name in names:
-        storage.follow(name)
         status = storage.stat(name)
         if status is None or status.is_dir:
             continue
